@@ -1,0 +1,82 @@
+package tcplb
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// target is where a backend is reached.
+type target struct {
+	unix    string         // path of a Unix socket, or …
+	literal netip.AddrPort // … a literal IP address, valid if it is one, or …
+	host    string         // … a name to resolve at each connect
+	port    uint16
+}
+
+// hasPlaceholder reports whether the address is known only when it is loaded.
+func hasPlaceholder(address string) bool { return strings.ContainsAny(address, "{}") }
+
+// parseTarget parses host:port, [IPv6]:port or unix//path.
+func parseTarget(address string) (target, error) {
+	if hasPlaceholder(address) {
+		return target{}, errors.New("unresolved placeholder")
+	}
+	network, host, port, err := caddy.SplitNetworkAddress(address)
+	switch {
+	case err != nil:
+		return target{}, fmt.Errorf("want host:port: %w", err)
+	case network == "unix":
+		if host == "" {
+			return target{}, errors.New("want unix//path, the path is missing")
+		}
+		return target{unix: host}, nil
+	case network != "" && network != "tcp":
+		return target{}, fmt.Errorf("network %q is not supported, want host:port or unix//path", network)
+	case port == "":
+		return target{}, errors.New("want host:port, the port is missing or an IPv6 address lacks its brackets")
+	case strings.Contains(port, "-"):
+		return target{}, errors.New("a port range is not supported, list each port as a backend")
+	case host == "":
+		return target{}, errors.New("want host:port, the host is missing")
+	case strings.ContainsAny(host, " \t\r\n/"):
+		return target{}, fmt.Errorf("invalid host %q", host)
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return target{}, fmt.Errorf("port %q is not a number from 1 to 65535", port)
+	}
+	t := target{host: host, port: uint16(n)}
+	if ip, err := netip.ParseAddr(host); err == nil {
+		t.literal = netip.AddrPortFrom(ip, t.port)
+	} else if strings.Contains(host, ":") {
+		return target{}, fmt.Errorf("%q is not an IPv6 address", host)
+	}
+	return t, nil
+}
+
+// String returns the canonical form, which names the backend everywhere.
+func (t target) String() string {
+	switch {
+	case t.unix != "":
+		return "unix/" + t.unix
+	case t.literal.IsValid():
+		return t.literal.String()
+	default:
+		return net.JoinHostPort(t.host, strconv.Itoa(int(t.port)))
+	}
+}
+
+// withPort returns the target with another port; a Unix socket has none.
+func (t target) withPort(port uint16) target {
+	if t.literal.IsValid() {
+		t.literal = netip.AddrPortFrom(t.literal.Addr(), port)
+	}
+	t.port = port
+	return t
+}

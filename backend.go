@@ -1,0 +1,195 @@
+package tcplb
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Backend is one server behind the balancer, as a pool knows it. It outlives
+// the config that named it: verdict, counters and open connections carry over
+// to the next config that names the same address in the same pool, and end
+// when no config names it and its last connection is gone.
+type Backend struct {
+	pool    *pool
+	address string
+	target  target
+
+	// healthy is the checker's verdict; a backend starts up. Every pick reads
+	// it, only transitions write it.
+	healthy atomic.Bool
+	weight  atomic.Int64 // in the newest config; 0 once no config names it
+	load    atomic.Int64 // connections being dialed or open
+
+	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
+	lastError atomic.Pointer[string]
+
+	stats stats
+
+	mu       sync.Mutex
+	users    int  // generations that name it
+	holds    int  // connections that picked it and have not ended
+	retired  bool // dropped from its pool: nothing counts it any more
+	sessions map[*session]struct{}
+	drain    *time.Timer // runs once no config names it
+	cutAt    bool        // the drain timeout is over: later sessions end at once
+
+	checker *checker                      // the running one, or the last; guarded by the registry's mutex
+	suspect atomic.Pointer[chan struct{}] // of the running checker: see checkSoon
+}
+
+// stats are a backend's counters. All only ever grow.
+type stats struct {
+	opened   atomic.Uint64
+	closed   [numReasons]atomic.Uint64
+	errors   [numDialErrors]atomic.Uint64
+	retries  atomic.Uint64
+	received atomic.Uint64 // bytes from clients
+	sent     atomic.Uint64 // bytes to clients
+
+	checksPassed, checksFailed atomic.Uint64
+	turnedUp, turnedDown       atomic.Uint64
+
+	dialTime  histogram
+	checkTime histogram
+	duration  histogram
+}
+
+func newBackend(p *pool, address string, t target) *Backend {
+	b := &Backend{pool: p, address: address, target: t, sessions: make(map[*session]struct{})}
+	b.healthy.Store(true)
+	b.stats.dialTime.bounds = dialBuckets
+	b.stats.checkTime.bounds = dialBuckets
+	b.stats.duration.bounds = durationBuckets
+	return b
+}
+
+// Address returns the backend's address in canonical form: host:port, or
+// unix//path.
+func (b *Backend) Address() string { return b.address }
+
+// Load returns how many connections are open to the backend or being opened.
+func (b *Backend) Load() int64 { return b.load.Load() }
+
+// Available reports whether new connections may go to the backend. It is the
+// one place where the verdict of the health checks, and in time an
+// administrative state, becomes an answer.
+func (b *Backend) Available() bool { return b.healthy.Load() }
+
+// active returns the number of opened and of open connections, so that opened
+// less active is what has been closed, by reason, in closed. Reading closed
+// first keeps active from being negative.
+func (s *stats) connections() (opened, active uint64, closed [numReasons]uint64) {
+	var total uint64
+	for i := range closed {
+		closed[i] = s.closed[i].Load()
+		total += closed[i]
+	}
+	opened = s.opened.Load()
+	return opened, opened - total, closed
+}
+
+func (s *stats) dialErrors() (total uint64) {
+	for i := range s.errors {
+		total += s.errors[i].Load()
+	}
+	return total
+}
+
+// hold keeps the backend from being retired until the release that it returns
+// is called, once. Where the backend was retired already, since a config went
+// between pick and hold, the one that now stands for its address is held.
+func (b *Backend) hold() (held *Backend, release func()) {
+	for {
+		b.mu.Lock()
+		if !b.retired {
+			b.holds++
+			b.mu.Unlock()
+			b.load.Add(1)
+			return b, b.release
+		}
+		b.mu.Unlock()
+		b = registry.adopt(b)
+	}
+}
+
+func (b *Backend) release() {
+	b.load.Add(-1)
+	b.mu.Lock()
+	b.holds--
+	last := b.holds == 0 && b.users == 0
+	b.mu.Unlock()
+	if last {
+		registry.retire(b)
+	}
+}
+
+// used reports whether a running config names the backend.
+func (b *Backend) used() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.users > 0
+}
+
+// enter adds a connected session. It reports false when the backend left the
+// config so long ago that the session is over before it began.
+func (b *Backend) enter(s *session) bool {
+	b.stats.opened.Add(1)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.sessions[s] = struct{}{}
+	if b.users == 0 && b.drain == nil { // adopted
+		b.drain = time.AfterFunc(s.generation.drainTimeout, b.cut)
+	}
+	return !b.cutAt
+}
+
+// leave counts the session as ended.
+func (b *Backend) leave(s *session, why reason, duration time.Duration) {
+	b.mu.Lock()
+	delete(b.sessions, s)
+	b.mu.Unlock()
+	b.stats.duration.observe(duration)
+	b.stats.closed[why].Add(1)
+}
+
+// startDraining gives the open sessions d to end by themselves.
+func (b *Backend) startDraining(d time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.drain == nil {
+		b.drain = time.AfterFunc(d, b.cut)
+	}
+}
+
+func (b *Backend) stopDraining() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.drain != nil {
+		b.drain.Stop()
+	}
+	b.drain, b.cutAt = nil, false
+}
+
+// cut ends what is still open when the drain timeout is over.
+func (b *Backend) cut() {
+	b.mu.Lock()
+	if b.drain == nil {
+		b.mu.Unlock()
+		return // back in a config just as the timer fired
+	}
+	b.cutAt = true
+	open := make([]*session, 0, len(b.sessions))
+	for s := range b.sessions {
+		open = append(open, s)
+	}
+	b.mu.Unlock()
+	for _, s := range open {
+		s.end(reasonDrainTimeout)
+	}
+}
+
+func (b *Backend) setError(err error) {
+	msg := err.Error()
+	b.lastError.Store(&msg)
+}

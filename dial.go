@@ -1,0 +1,151 @@
+package tcplb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+)
+
+// dialError is the kind of a failed connect; its names are values of the
+// metrics' label "error_type".
+type dialError int
+
+const (
+	dialRefused dialError = iota // the backend's host answered that nobody listens
+	dialTimeout                  // no answer in time
+	dialOther                    // a name that does not resolve, no route, …
+	numDialErrors
+)
+
+var dialErrorNames = [numDialErrors]string{
+	dialRefused: "dial_refused",
+	dialTimeout: "dial_timeout",
+	dialOther:   "dial_error",
+}
+
+func classify(err error) dialError {
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return dialRefused
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return dialTimeout
+	default:
+		return dialOther
+	}
+}
+
+// dialFunc connects to a backend, within the timeout. Tests replace it.
+type dialFunc func(ctx context.Context, t target, timeout time.Duration) (net.Conn, error)
+
+// dialTarget is the real dialFunc. Names are resolved by Go's resolver at each
+// call, and all addresses of a name are tried, those of both families side by
+// side (RFC 8305).
+func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn, error) {
+	d := net.Dialer{Timeout: timeout, Resolver: &resolver}
+	switch {
+	case t.unix != "":
+		return d.DialContext(ctx, "unix", t.unix)
+	case t.literal.IsValid():
+		return orNil(d.DialTCP(ctx, "tcp", netip.AddrPort{}, t.literal))
+	default:
+		return d.DialContext(ctx, "tcp", t.String())
+	}
+}
+
+var resolver = net.Resolver{PreferGo: true}
+
+// orNil keeps a nil *TCPConn from becoming a non-nil net.Conn.
+func orNil(c *net.TCPConn, err error) (net.Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+var errNoBackend = errors.New("no backend available")
+
+// link is a connection to a backend, and what it took.
+type link struct {
+	backend  *Backend
+	conn     net.Conn
+	release  func() // of the backend, after conn is closed
+	attempts int
+	took     time.Duration // of the successful connect alone
+}
+
+// connect picks a backend and connects to it. A failed connect moves on at once
+// to a backend that was not tried, up to the number of retries; when none is
+// left, and within tryDuration, it starts over every tryInterval. The error
+// joins those of all attempts of the last round and matches errNoBackend.
+func (g *generation) connect(client net.Addr) (link, error) {
+	deadline := time.Now().Add(g.tryDuration)
+	attempts := 0
+	for {
+		l, err := g.connectOnce(client, &attempts)
+		if err == nil {
+			return l, nil
+		}
+		if time.Until(deadline) < g.tryInterval || !g.pause(g.tryInterval) {
+			return link{attempts: attempts}, err
+		}
+	}
+}
+
+// pause waits for d, and reports false if the generation ended before.
+func (g *generation) pause(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-g.stopped:
+		return false
+	}
+}
+
+// connectOnce is one round of connect: each backend at most once.
+func (g *generation) connectOnce(client net.Addr, attempts *int) (link, error) {
+	var (
+		tried []*Backend
+		errs  []error
+	)
+	for range 1 + g.retries {
+		b := g.pick(client, tried)
+		if b == nil {
+			break
+		}
+		if len(tried) > 0 {
+			tried[len(tried)-1].stats.retries.Add(1)
+		}
+		tried = append(tried, b)
+		*attempts++
+		held, release := b.hold()
+		conn, took, err := g.dialBackend(held)
+		if err == nil {
+			return link{backend: held, conn: conn, release: release, attempts: *attempts, took: took}, nil
+		}
+		release()
+		errs = append(errs, err)
+	}
+	return link{}, errors.Join(append([]error{errNoBackend}, errs...)...)
+}
+
+func (g *generation) dialBackend(b *Backend) (net.Conn, time.Duration, error) {
+	began := time.Now()
+	conn, err := g.dial(context.Background(), b.target, g.dialTimeout)
+	took := time.Since(began)
+	if err == nil {
+		b.stats.dialTime.observe(took)
+		return conn, took, nil
+	}
+	b.stats.errors[classify(err)].Add(1)
+	b.setError(err)
+	b.checkSoon()
+	return nil, took, fmt.Errorf("dialing backend %q: %w", b.address, err)
+}

@@ -1,0 +1,141 @@
+package tcplb
+
+import (
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"go.uber.org/zap"
+)
+
+// generation is one config's part in a pool: the settings of all its handlers
+// of that name, and the picker over its backends. It is prepared while the
+// config is provisioned, touches shared state only between start and stop, and
+// is immutable but for its picker.
+type generation struct {
+	name         string
+	fingerprint  string // the settings in full, to tell two handlers of one name apart
+	config       []member
+	policy       SelectionPolicy
+	retries      int
+	tryDuration  time.Duration
+	tryInterval  time.Duration
+	checks       checkSettings
+	limit        int64 // connections; 0 = the process's
+	dialTimeout  time.Duration
+	idleTimeout  time.Duration // 0 = never
+	drainTimeout time.Duration
+	accessLog    bool
+
+	ctx    caddy.Context // the handler's, for events
+	events *caddyevents.App
+	logger *zap.Logger
+	access *zap.Logger
+	dial   dialFunc
+
+	startOnce, stopOnce sync.Once
+	started             atomic.Bool
+	stopped             chan struct{} // closed by stop
+
+	// Set by the registry when the generation starts.
+	pool    *pool
+	members []Candidate
+
+	picker   atomic.Pointer[Picker]
+	buildMu  sync.Mutex  // held while building
+	outdated atomic.Bool // availability changed since the last build began
+}
+
+// member is a backend in the config.
+type member struct {
+	target target
+	weight int
+}
+
+// start brings the generation into its pool. The app does it when the config
+// starts; a connection that comes in before that does it, too, as apps start in
+// no fixed order.
+func (g *generation) start() {
+	g.startOnce.Do(func() {
+		registry.start(g)
+		g.started.Store(true)
+	})
+}
+
+// stop takes the generation out of its pool. It may be called again, and
+// without a start.
+func (g *generation) stop() {
+	g.stopOnce.Do(func() {
+		g.startOnce.Do(func() {})
+		close(g.stopped)
+		if g.started.Load() {
+			registry.stop(g)
+		}
+	})
+}
+
+// live returns the generation to serve a new connection of g's handler: g, or
+// after its end the one that followed it. It is nil where g never ran, nothing
+// followed it, and yet a listener of its failed config still accepts.
+func (g *generation) live() *generation {
+	g.start()
+	select {
+	case <-g.stopped:
+	default:
+		return g
+	}
+	if next := registry.newest(g.name); next != nil {
+		return next
+	}
+	if g.started.Load() {
+		return g
+	}
+	return nil
+}
+
+func (g *generation) currentPicker() Picker {
+	if p := g.picker.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+func (g *generation) pick(client net.Addr, tried []*Backend) *Backend {
+	if p := g.currentPicker(); p != nil {
+		return p.Pick(client, tried)
+	}
+	return nil
+}
+
+// inherit makes the first picker, with the position of the generation before.
+func (g *generation) inherit(prev Picker) {
+	g.buildMu.Lock()
+	defer g.buildMu.Unlock()
+	g.buildLocked(prev)
+}
+
+// rebuild makes a new picker. Calls that come while one is being built are
+// served by one further build.
+func (g *generation) rebuild() {
+	g.outdated.Store(true)
+	for g.outdated.Load() && g.buildMu.TryLock() {
+		for g.outdated.Swap(false) {
+			g.buildLocked(g.currentPicker())
+		}
+		g.buildMu.Unlock()
+	}
+}
+
+func (g *generation) buildLocked(prev Picker) {
+	available := make([]Candidate, 0, len(g.members))
+	for _, m := range g.members {
+		if m.Backend.Available() {
+			available = append(available, m)
+		}
+	}
+	p := g.policy.NewPicker(available, prev)
+	g.picker.Store(&p)
+}

@@ -1,0 +1,217 @@
+package tcplb
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// checkSettings are the active health checks of one config.
+type checkSettings struct {
+	enabled       bool
+	interval      time.Duration // from probe to probe, start to start
+	fastInterval  time.Duration // the same while a verdict is changing
+	timeout       time.Duration
+	passes, fails int
+	port          uint16 // 0 = the backend's own
+}
+
+// verdict is the state of a backend's checks. The zero value is that of a new
+// backend: up until the first result, which decides alone.
+type verdict struct {
+	down    bool
+	run     int  // results in a row that speak against the verdict
+	settled bool // a first result came in
+}
+
+// next returns the verdict after one more result.
+func (v verdict) next(passed bool, passes, fails int) verdict {
+	if !v.settled {
+		return verdict{down: !passed, settled: true}
+	}
+	if passed == !v.down {
+		v.run = 0
+		return v
+	}
+	v.run++
+	needed := fails
+	if v.down {
+		needed = passes
+	}
+	if v.run >= needed {
+		return verdict{down: !v.down, settled: true}
+	}
+	return v
+}
+
+// checker probes one backend for as long as a running config names it with
+// checks on.
+type checker struct {
+	backend  *Backend
+	settings atomic.Pointer[generation] // whose checks, logger and events hold
+	changed  chan struct{}              // settings has another value
+	suspect  chan struct{}              // a real connect failed
+	cancel   context.CancelFunc
+	done     chan struct{}
+	after    <-chan struct{} // the end of the backend's previous checker; nil = none
+	verdict  verdict         // the loop's own
+}
+
+// checkLocked makes g's the settings of b's checker, starting it if need be.
+// The registry's mutex must be held.
+func (b *Backend) checkLocked(g *generation) {
+	if c := b.checker; c != nil && c.cancel != nil {
+		old := c.settings.Swap(g)
+		if old.checks != g.checks {
+			signal(c.changed)
+		}
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &checker{
+		backend: b,
+		changed: make(chan struct{}, 1),
+		suspect: make(chan struct{}, 1),
+		cancel:  cancel,
+		done:    make(chan struct{}),
+	}
+	if b.checker != nil {
+		c.after = b.checker.done
+	}
+	c.settings.Store(g)
+	b.checker = c
+	b.suspect.Store(&c.suspect)
+	// Owned by the backend; ends by stopCheckingLocked. Only the next checker
+	// waits for it: a reload must not, as an event handler may cause one.
+	go c.run(ctx)
+}
+
+// stopCheckingLocked ends b's checker, if it has one. The verdict stays. The
+// registry's mutex must be held.
+func (b *Backend) stopCheckingLocked() {
+	if c := b.checker; c != nil && c.cancel != nil {
+		b.suspect.Store(nil)
+		c.cancel()
+		c.cancel = nil
+	}
+}
+
+// checkSoon has the backend probed at once, after a connect to it failed.
+func (b *Backend) checkSoon() {
+	if c := b.suspect.Load(); c != nil {
+		signal(*c)
+	}
+}
+
+// signal wakes the receiver of a channel of capacity 1; one wake-up serves many.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func (c *checker) run(ctx context.Context) {
+	defer close(c.done)
+	if c.after != nil {
+		<-c.after
+	}
+	c.verdict.down = !c.backend.healthy.Load()
+	timer := time.NewTimer(0) // the first probe is at once
+	defer timer.Stop()
+	first := true
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.changed:
+			timer.Reset(spread(c.settings.Load().checks.interval))
+			continue
+		case <-c.suspect:
+		case <-timer.C:
+		}
+		if !probeSlots.acquire(ctx) {
+			return
+		}
+		began := time.Now()
+		err := c.probe(ctx)
+		probeSlots.release()
+		if ctx.Err() != nil {
+			return
+		}
+		checks := c.settings.Load().checks
+		c.judge(ctx, err, time.Since(began))
+		pause := checks.interval
+		switch {
+		case c.verdict.run > 0:
+			pause = checks.fastInterval
+		case first:
+			// Backends of one config start in step; this takes them out of it.
+			pause = spread(checks.interval)
+		}
+		first = false
+		timer.Reset(max(0, pause-time.Since(began)))
+	}
+}
+
+// spread returns a random part of the interval, the whole at most.
+func spread(interval time.Duration) time.Duration {
+	return rand.N(interval) + 1
+}
+
+// probe makes and closes one connection to the backend, or to its health port.
+func (c *checker) probe(ctx context.Context) error {
+	g := c.settings.Load()
+	t := c.backend.target
+	if g.checks.port != 0 {
+		t = t.withPort(g.checks.port)
+	}
+	conn, err := g.dial(ctx, t, g.checks.timeout)
+	if err != nil {
+		return err
+	}
+	_ = conn.Close()
+	return nil
+}
+
+// judge counts a result, and on a transition tells everyone.
+func (c *checker) judge(ctx context.Context, err error, took time.Duration) {
+	b, g := c.backend, c.settings.Load()
+	b.stats.checkTime.observe(took)
+	if err == nil {
+		b.stats.checksPassed.Add(1)
+		b.lastError.Store(nil)
+	} else {
+		b.stats.checksFailed.Add(1)
+		b.setError(err)
+	}
+	b.lastCheck.Store(time.Now().UnixNano())
+
+	was := c.verdict
+	c.verdict = was.next(err == nil, g.checks.passes, g.checks.fails)
+	if c.verdict.down == was.down {
+		return
+	}
+	b.healthy.Store(!c.verdict.down)
+	b.pool.rebuild()
+	b.announce(ctx, g, err)
+}
+
+// announce logs, counts and emits a transition.
+func (b *Backend) announce(ctx context.Context, g *generation, err error) {
+	event, data := "healthy", map[string]any{"lb": g.name, "backend": b.address}
+	if err == nil {
+		b.stats.turnedUp.Add(1)
+		g.logger.Info("backend is up", zap.String("lb", g.name), zap.String("backend", b.address))
+	} else {
+		b.stats.turnedDown.Add(1)
+		g.logger.Warn("backend is down", zap.String("lb", g.name), zap.String("backend", b.address), zap.Error(err))
+		event, data["error"] = "unhealthy", err.Error()
+	}
+	if g.events != nil && g.ctx.Err() == nil && ctx.Err() == nil {
+		g.events.Emit(g.ctx, event, data)
+	}
+}

@@ -1,0 +1,66 @@
+package tcplb
+
+import (
+	"context"
+	"math"
+	"sync/atomic"
+)
+
+// The balancer must never let the process run out of files: caddy-l4 stops
+// accepting for good when it does. So every file that it opens, or has caddy-l4
+// open for it, is taken from one budget for the process, and refused in time.
+var (
+	files      = newFileBudget(openFileLimit())
+	probeSlots = newSemaphore(files.probes)
+)
+
+const (
+	filesPerConnection = 2 // the client's socket and the backend's
+	filesPerPipe       = 2
+)
+
+// fileBudget counts files against a limit.
+type fileBudget struct {
+	limit  int64 // files that connections and pipes may use
+	probes int   // files set apart for probes
+	used   atomic.Int64
+}
+
+// newFileBudget divides the process's limit of open files (0 = none). Up to 64
+// are set apart for probes and up to 128 for listeners, logs, the admin
+// endpoint and whatever else Caddy serves.
+func newFileBudget(limit uint64) *fileBudget {
+	if limit == 0 || limit > math.MaxInt32 {
+		return &fileBudget{limit: math.MaxInt32, probes: 64}
+	}
+	n := int64(limit)
+	probes, reserve := min(64, max(1, n/8)), min(128, n/4)
+	return &fileBudget{limit: max(filesPerConnection, n-probes-reserve), probes: int(probes)}
+}
+
+func (f *fileBudget) acquire(n int64) bool {
+	if f.used.Add(n) <= f.limit {
+		return true
+	}
+	f.used.Add(-n)
+	return false
+}
+
+func (f *fileBudget) release(n int64) { f.used.Add(-n) }
+
+// semaphore bounds how many probes are under way at once.
+type semaphore chan struct{}
+
+func newSemaphore(n int) semaphore { return make(semaphore, n) }
+
+// acquire waits for a slot; it reports false when ctx ended first.
+func (s semaphore) acquire(ctx context.Context) bool {
+	select {
+	case s <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (s semaphore) release() { <-s }

@@ -1,0 +1,106 @@
+package tcplb
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// collector reads the state of all pools at each scrape. One for the process is
+// registered with every config, so that counters go on over reloads.
+type collector struct{}
+
+func describe(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("tcp_lb_"+name, help, append([]string{"lb", "backend"}, labels...), nil)
+}
+
+var (
+	descHealthy          = describe("backend_healthy", "Whether the backend's health checks say it is up (1) or down (0).")
+	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 once it left the config and is being drained.")
+	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
+	descCheckDuration    = describe("health_check_duration_seconds", "Time that health checks took.")
+	descTransitions      = describe("health_transitions_total", "Changes of the backend's health.", "to")
+	descConnections      = describe("connections_total", "Connections that were connected to the backend.")
+	descActive           = describe("connections_active", "Connections that are open to the backend.")
+	descErrors           = describe("connection_errors_total", "Failed connects to the backend, and connections refused without one.", "error_type")
+	descClosed           = describe("connections_closed_total", "Connections that ended.", "reason")
+	descDuration         = describe("connection_duration_seconds", "Time from accept to the end of a connection.")
+	descDialDuration     = describe("dial_duration_seconds", "Time that successful connects to the backend took.")
+	descRetries          = describe("retries_total", "Connects to another backend after one to this backend failed.")
+	descReceived         = describe("received_bytes_total", "Bytes received from clients and delivered to the backend.")
+	descSent             = describe("sent_bytes_total", "Bytes received from the backend and delivered to clients.")
+	allDescriptions      = []*prometheus.Desc{descHealthy, descWeight, descChecks, descCheckDuration, descTransitions, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent}
+	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError}
+)
+
+// Describe implements prometheus.Collector.
+func (collector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range allDescriptions {
+		out <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (collector) Collect(out chan<- prometheus.Metric) {
+	for _, p := range registry.snapshot() {
+		m := emitter{out: out, lb: p.name}
+		m.counter(descErrors, p.noBackend.Load(), "no_backend")
+		m.counter(descErrors, p.overLimit.Load(), "max_connections")
+		m.counter(descClosed, p.noBackend.Load(), reasonNoBackend.String())
+		m.counter(descClosed, p.overLimit.Load(), reasonMaxConnections.String())
+		m.counter(descClosed, p.failed.Load(), reasonError.String())
+		for _, b := range p.backends {
+			m.backend = b.address
+			m.collect(b)
+		}
+	}
+}
+
+// emitter sends metrics of one pool and backend.
+type emitter struct {
+	out         chan<- prometheus.Metric
+	lb, backend string
+}
+
+func (m *emitter) collect(b *Backend) {
+	s := &b.stats
+	opened, active, closed := s.connections()
+	healthy := 0.0
+	if b.healthy.Load() {
+		healthy = 1
+	}
+	m.gauge(descHealthy, healthy)
+	m.gauge(descWeight, float64(b.weight.Load()))
+	m.counter(descChecks, s.checksPassed.Load(), "success")
+	m.counter(descChecks, s.checksFailed.Load(), "failure")
+	m.histogram(descCheckDuration, &s.checkTime)
+	m.counter(descTransitions, s.turnedUp.Load(), "up")
+	m.counter(descTransitions, s.turnedDown.Load(), "down")
+	m.counter(descConnections, opened)
+	m.gauge(descActive, float64(active))
+	for e, name := range dialErrorNames {
+		m.counter(descErrors, s.errors[e].Load(), name)
+	}
+	for _, why := range backendClosedReasons {
+		m.counter(descClosed, closed[why], why.String())
+	}
+	m.histogram(descDuration, &s.duration)
+	m.histogram(descDialDuration, &s.dialTime)
+	m.counter(descRetries, s.retries.Load())
+	m.counter(descReceived, s.received.Load())
+	m.counter(descSent, s.sent.Load())
+}
+
+func (m *emitter) counter(d *prometheus.Desc, n uint64, labels ...string) {
+	m.out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), append([]string{m.lb, m.backend}, labels...)...)
+}
+
+func (m *emitter) gauge(d *prometheus.Desc, v float64) {
+	m.out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, m.lb, m.backend)
+}
+
+func (m *emitter) histogram(d *prometheus.Desc, h *histogram) {
+	s := h.snapshot()
+	m.out <- prometheus.MustNewConstHistogram(d, s.count, s.sum, s.buckets, m.lb, m.backend)
+}
+
+// Interface guard
+var _ prometheus.Collector = collector{}

@@ -1,0 +1,70 @@
+package tcplb
+
+import (
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// pipeSize in bytes holds a good part of a socket's receive queue. A pipe
+	// has one slot a page, and a segment from a network card takes a slot: the
+	// default of 16 would be 23 KB of those.
+	pipeSize = 256 << 10
+	// sparePipes is how many empty pipes are kept.
+	sparePipes = 32
+)
+
+// pipe is a kernel buffer between two sockets.
+type pipe struct{ r, w int }
+
+// pipePool keeps a few empty pipes and counts all of them in the file budget.
+type pipePool struct {
+	mu    sync.Mutex
+	spare []*pipe
+}
+
+var pipes pipePool
+
+// get returns an empty pipe, or nil if the process can't afford one.
+func (pp *pipePool) get() *pipe {
+	pp.mu.Lock()
+	if n := len(pp.spare); n > 0 {
+		p := pp.spare[n-1]
+		pp.spare = pp.spare[:n-1]
+		pp.mu.Unlock()
+		return p
+	}
+	pp.mu.Unlock()
+	if !files.acquire(filesPerPipe) {
+		return nil
+	}
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+		files.release(filesPerPipe)
+		return nil
+	}
+	// Past a per-user sum the kernel refuses, and a small pipe serves.
+	_, _ = unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
+	return &pipe{r: fds[0], w: fds[1]}
+}
+
+// put gives an empty pipe back.
+func (pp *pipePool) put(p *pipe) {
+	pp.mu.Lock()
+	if len(pp.spare) < sparePipes {
+		pp.spare = append(pp.spare, p)
+		p = nil
+	}
+	pp.mu.Unlock()
+	if p != nil {
+		pp.discard(p)
+	}
+}
+
+// discard closes a pipe.
+func (pp *pipePool) discard(p *pipe) {
+	_ = unix.Close(p.r)
+	_ = unix.Close(p.w)
+	files.release(filesPerPipe)
+}

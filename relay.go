@@ -1,0 +1,351 @@
+package tcplb
+
+import (
+	"errors"
+	"io"
+	"net"
+	"reflect"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// relay moves bytes both ways between two connections until both ways have
+// ended. It knows nothing of backends and configs.
+//
+// An end of file on one side becomes a half-close on the other, and the other
+// way goes on. A reset becomes a reset, after what was read before it has been
+// delivered, so that nobody takes a cut stream for a complete one.
+type relay struct {
+	client, backend side
+	up, down        direction // client to backend, and back
+	onPanic         func(value any, stack []byte)
+
+	why atomic.Uint32 // reason; see conclude
+
+	// Idle time is measured from lastActive, by one timer that is not touched
+	// while bytes move.
+	idleTimeout time.Duration
+	lastActive  atomic.Int64 // see clock
+	idleMu      sync.Mutex
+	idle        *time.Timer // guarded by idleMu
+}
+
+// side is one of the two connections.
+type side struct {
+	// conn is read and written: a bare socket, or whatever wraps it.
+	conn net.Conn
+	// raw is set for a bare socket, to read it when it is ready and to splice.
+	raw syscall.RawConn
+	// base is the innermost connection, where a reset has to happen.
+	base net.Conn
+	// writeCloser half-closes; nil if nothing in the chain can.
+	writeCloser interface{ CloseWrite() error }
+
+	closed, reset reason // how it is called when this side does it
+
+	finished atomic.Bool // it closed its sending way in order
+	lost     atomic.Bool // it reset the connection, or is unreachable
+}
+
+// direction is one of the two ways.
+type direction struct {
+	relay    *relay
+	src, dst *side
+	// prefetched returns bytes that were read before the relay began; they go
+	// first. nil = none.
+	prefetched io.Reader
+	pending    func() bool // whether prefetched has any left
+
+	total *atomic.Uint64 // live count of whoever keeps the books
+	moved uint64         // this direction's own; read it when the relay is over
+	pump  pump           // how bytes are moved from bare socket to bare socket
+}
+
+// The errors of a direction say on which side it ended.
+var (
+	errSource      = errors.New("source")
+	errDestination = errors.New("destination")
+)
+
+// clock is a monotonic time in nanoseconds for measuring idle time.
+func clock() int64 { return int64(time.Since(clockBase)) }
+
+var clockBase = time.Now()
+
+// newRelay prepares a relay. Idle time begins here.
+func newRelay(client, backend net.Conn, idleTimeout time.Duration) *relay {
+	r := &relay{idleTimeout: idleTimeout}
+	r.client.init(client, reasonClientClosed, reasonClientReset)
+	r.backend.init(backend, reasonBackendClosed, reasonBackendReset)
+	r.up = direction{relay: r, src: &r.client, dst: &r.backend}
+	r.down = direction{relay: r, src: &r.backend, dst: &r.client}
+	return r
+}
+
+func (s *side) init(conn net.Conn, closed, reset reason) {
+	s.conn, s.base, s.closed, s.reset = conn, conn, closed, reset
+	for s.base != nil {
+		if s.writeCloser == nil {
+			s.writeCloser, _ = s.base.(interface{ CloseWrite() error })
+		}
+		inner := unwrap(s.base)
+		if inner == nil {
+			break
+		}
+		s.base = inner
+	}
+	switch c := conn.(type) { // exactly these types: a wrapper may hold bytes back
+	case *net.TCPConn:
+		s.raw, _ = c.SyscallConn()
+	case *net.UnixConn:
+		s.raw, _ = c.SyscallConn()
+	}
+}
+
+// unwrap returns the connection inside conn, or nil. Reads and writes must not
+// use it; a reset and, where the wrapper can't, a half-close may.
+func unwrap(conn net.Conn) net.Conn {
+	switch c := conn.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		return nil
+	case interface{ NetConn() net.Conn }: // crypto/tls
+		return c.NetConn()
+	case interface{ Raw() net.Conn }: // PROXY protocol
+		return c.Raw()
+	}
+	// The usual wrapper is a struct that embeds a net.Conn.
+	v := reflect.ValueOf(conn)
+	if v.Kind() == reflect.Pointer {
+		v = v.Elem()
+	}
+	if v.Kind() != reflect.Struct {
+		return nil
+	}
+	f, ok := v.Type().FieldByName("Conn")
+	if !ok || !f.Anonymous || len(f.Index) != 1 {
+		return nil
+	}
+	inner, _ := v.FieldByIndex(f.Index).Interface().(net.Conn)
+	return inner
+}
+
+// run relays until both ways have ended and returns why. The connections are
+// left for the caller to close.
+func (r *relay) run() reason {
+	if r.idleTimeout > 0 {
+		r.touch()
+		r.idleMu.Lock()
+		r.idle = time.AfterFunc(r.idleTimeout, r.checkIdle)
+		r.idleMu.Unlock()
+		defer r.idle.Stop()
+	}
+	done := make(chan struct{})
+	// Ends with the connections, as the other direction does; waited for below.
+	go r.runDown(done)
+	r.runDirection(&r.up)
+	<-done
+	return reason(r.why.Load())
+}
+
+func (r *relay) runDown(done chan<- struct{}) {
+	defer close(done)
+	r.runDirection(&r.down)
+}
+
+// runDirection moves one way's bytes and passes its end on. A panic ends the
+// connection, not the process.
+func (r *relay) runDirection(d *direction) {
+	defer func() {
+		if v := recover(); v != nil {
+			r.onPanic(v, debug.Stack())
+			r.cut(reasonError)
+		}
+	}()
+	err := d.move()
+	switch {
+	case err == nil && !d.src.lost.Load() && !d.srcLost():
+		d.src.finished.Store(true)
+		r.conclude(d.src.closed)
+		if d.dst.writeCloser != nil {
+			_ = d.dst.writeCloser.CloseWrite()
+		}
+	case errors.Is(err, net.ErrClosed):
+		// Cut, or reset by the other direction.
+	case errors.Is(err, errDestination):
+		d.destinationLost()
+	default:
+		d.sourceLost(err)
+	}
+}
+
+// srcLost asks the kernel whether an end of file was really a reset: a failed
+// write of the other direction takes the error away from the reader.
+func (d *direction) srcLost() bool {
+	return d.src.raw != nil && !d.dst.finished.Load() && wasReset(d.src.raw)
+}
+
+// sourceLost passes a reset of the source on.
+func (d *direction) sourceLost(err error) {
+	why := d.src.reset
+	if err != nil && !isReset(err) {
+		why = reasonError
+	}
+	d.src.lost.Store(true)
+	d.relay.conclude(why)
+	d.dst.abort()
+	d.src.close() // unblocks the other direction if it writes there
+}
+
+// destinationLost ends the source, too: what it sends can't be delivered. Where
+// the destination still had something to say, that comes first: the direction
+// that reads it finds the reset and passes it on.
+func (d *direction) destinationLost() {
+	d.dst.lost.Store(true)
+	if d.dst.finished.Load() {
+		d.src.abort()
+		return
+	}
+	d.relay.conclude(d.dst.reset)
+}
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
+		errors.Is(err, syscall.ETIMEDOUT) || errors.Is(err, syscall.EHOSTUNREACH) ||
+		errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.ECONNABORTED) ||
+		errors.Is(err, io.ErrUnexpectedEOF) // TLS without a closing alert
+}
+
+// conclude records why the connection ends. The first reason stays, except
+// that an orderly close gives way to anything else.
+func (r *relay) conclude(why reason) {
+	for {
+		old := reason(r.why.Load())
+		if old != reasonNone && (!old.orderly() || why.orderly()) {
+			return
+		}
+		if r.why.CompareAndSwap(uint32(old), uint32(why)) {
+			return
+		}
+	}
+}
+
+// cut ends the connection at once. Both sides see a reset: the stream was not
+// complete.
+func (r *relay) cut(why reason) {
+	r.conclude(why)
+	r.client.close()
+	r.backend.close()
+}
+
+func (r *relay) touch() { r.lastActive.Store(clock()) }
+
+// checkIdle runs on the idle timer.
+func (r *relay) checkIdle() {
+	rest := r.idleTimeout - time.Duration(clock()-r.lastActive.Load())
+	if rest <= 0 {
+		r.cut(reasonIdleTimeout)
+		return
+	}
+	r.idleMu.Lock()
+	r.idle.Reset(rest)
+	r.idleMu.Unlock()
+}
+
+// abort resets the connection once the peer has acknowledged all that was
+// written to it. It gives up waiting when the peer takes nothing for a while.
+func (s *side) abort() {
+	const patience = 5 * time.Second
+	left, progressed := unsent(s.base), time.Now()
+	for wait := time.Millisecond; left > 0 && time.Since(progressed) < patience; wait = min(2*wait, 50*time.Millisecond) {
+		time.Sleep(wait) // nothing tells when a send queue has been acknowledged
+		now := unsent(s.base)
+		if now != left {
+			left, progressed = now, time.Now()
+		}
+	}
+	s.close()
+}
+
+// close drops the connection with a reset, where it has such a thing.
+func (s *side) close() {
+	if c, ok := s.base.(*net.TCPConn); ok {
+		_ = c.SetLinger(0)
+	}
+	_ = s.base.Close()
+}
+
+// count keeps the books for n bytes that were delivered.
+func (d *direction) count(n int) {
+	if n > 0 {
+		d.moved += uint64(n)
+		d.total.Add(uint64(n))
+		d.relay.touch()
+	}
+}
+
+// bufferSize is large enough that system calls don't dominate and small enough
+// for a connection whose reader is slow, which holds one.
+const bufferSize = 32 << 10
+
+var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
+
+// move relays until the source ends: nil for an end of file, else an error
+// that matches errSource or errDestination, or net.ErrClosed.
+func (d *direction) move() error {
+	for d.prefetched != nil && d.pending() {
+		if err := d.moveOnce(d.prefetched); err != nil {
+			return err
+		}
+	}
+	if d.src.raw != nil && canPump {
+		return d.pump.run(d)
+	}
+	for {
+		if err := d.moveOnce(d.src.conn); err != nil {
+			if errors.Is(err, io.EOF) && !errors.Is(err, errDestination) {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+// moveOnce reads once, waiting with a buffer in hand, and writes what came.
+func (d *direction) moveOnce(from io.Reader) error {
+	buf := buffers.Get().(*[bufferSize]byte)
+	defer buffers.Put(buf)
+	n, err := from.Read(buf[:])
+	if n > 0 {
+		if werr := d.write(buf[:n]); werr != nil {
+			return werr
+		}
+	}
+	if err == io.EOF {
+		return io.EOF
+	}
+	if err != nil {
+		return sourceError(err)
+	}
+	return nil
+}
+
+func (d *direction) write(p []byte) error {
+	n, err := d.dst.conn.Write(p)
+	d.count(n)
+	if err != nil {
+		return destinationError(err)
+	}
+	return nil
+}
+
+// sidedError is an error of one of the two connections.
+type sidedError struct{ side, err error }
+
+func (e *sidedError) Error() string   { return e.side.Error() + ": " + e.err.Error() }
+func (e *sidedError) Unwrap() []error { return []error{e.side, e.err} }
+
+func sourceError(err error) error      { return &sidedError{errSource, err} }
+func destinationError(err error) error { return &sidedError{errDestination, err} }

@@ -1,0 +1,217 @@
+package tcplb
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// Defaults of the options.
+const (
+	defaultName         = "tcp_lb"
+	defaultWeight       = 1
+	defaultRetries      = 3
+	defaultTryInterval  = 250 * time.Millisecond
+	defaultInterval     = 10 * time.Second
+	defaultFastInterval = time.Second
+	defaultCheckTimeout = 2 * time.Second
+	defaultPasses       = 2
+	defaultFails        = 2
+	defaultDialTimeout  = 3 * time.Second
+	defaultIdleTimeout  = time.Hour
+	defaultDrainTimeout = 30 * time.Second
+
+	maxWeight  = 256
+	maxRetries = 1000
+	maxCounts  = 1000
+)
+
+var defaultPolicy = json.RawMessage(`{"policy":"round_robin"}`)
+
+// fill puts the defaults where nothing is set and resolves placeholders.
+func (h *Handler) fill() error {
+	setDefault(&h.Name, defaultName)
+	repl := caddy.NewReplacer()
+	for i := range h.Backends {
+		b := &h.Backends[i]
+		address, err := repl.ReplaceOrErr(b.Address, true, true)
+		if err != nil {
+			return fmt.Errorf("tcp_lb %q: backend %q: %w", h.Name, b.Address, err)
+		}
+		b.Address = address
+		setDefault(&b.Weight, new(defaultWeight))
+	}
+	setDefault(&h.LoadBalancing, new(LoadBalancing))
+	lb := h.LoadBalancing
+	if len(lb.SelectionPolicyRaw) == 0 {
+		lb.SelectionPolicyRaw = defaultPolicy
+	}
+	setDefault(&lb.Retries, new(defaultRetries))
+	setDefault(&lb.TryInterval, caddy.Duration(defaultTryInterval))
+
+	setDefault(&h.HealthChecks, new(HealthChecks))
+	setDefault(&h.HealthChecks.Active, new(ActiveHealthChecks))
+	a := h.HealthChecks.Active
+	setDefault(&a.Interval, caddy.Duration(defaultInterval))
+	setDefault(&a.FastInterval, min(caddy.Duration(defaultFastInterval), a.Interval))
+	setDefault(&a.Timeout, caddy.Duration(defaultCheckTimeout))
+	setDefault(&a.Passes, defaultPasses)
+	setDefault(&a.Fails, defaultFails)
+
+	setDefault(&h.DialTimeout, caddy.Duration(defaultDialTimeout))
+	setDefault(&h.IdleTimeout, new(caddy.Duration(defaultIdleTimeout)))
+	setDefault(&h.DrainTimeout, new(caddy.Duration(defaultDrainTimeout)))
+	return nil
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// check refuses what is wrong in a config whose defaults are filled in, naming
+// options as the JSON does. The Caddyfile parser makes the same checks earlier,
+// where it knows the line.
+func (h *Handler) check() error {
+	lb, a := h.LoadBalancing, h.HealthChecks.Active
+	err := errors.Join(
+		checkName(h.Name),
+		checkBackends(h.Backends),
+		checkRange("load_balancing.retries", *lb.Retries, 0, maxRetries),
+		checkDuration("load_balancing.try_duration", lb.TryDuration, 0),
+		checkDuration("load_balancing.try_interval", lb.TryInterval, time.Millisecond),
+		checkDuration("health_checks.active.interval", a.Interval, time.Millisecond),
+		checkDuration("health_checks.active.fast_interval", a.FastInterval, time.Millisecond),
+		checkFastInterval("health_checks.active.fast_interval", a.FastInterval, a.Interval),
+		checkDuration("health_checks.active.timeout", a.Timeout, time.Millisecond),
+		checkRange("health_checks.active.passes", a.Passes, 1, maxCounts),
+		checkRange("health_checks.active.fails", a.Fails, 1, maxCounts),
+		checkRange("health_checks.active.port", a.Port, 0, math.MaxUint16),
+		checkRange("max_connections", h.MaxConnections, 0, math.MaxInt32),
+		checkDuration("dial_timeout", h.DialTimeout, time.Millisecond),
+		checkDuration("idle_timeout", *h.IdleTimeout, 0),
+		checkDuration("drain_timeout", *h.DrainTimeout, 0),
+	)
+	if err == nil {
+		return nil
+	}
+	return errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
+}
+
+func checkName(name string) error {
+	if name == "" || !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl) {
+		return fmt.Errorf("name %q: want a text of printable characters", name)
+	}
+	return nil
+}
+
+// checkBackends refuses an empty list, a bad entry and one listed twice.
+func checkBackends(backends []BackendConfig) error {
+	if len(backends) == 0 {
+		return errors.New("no backends: want at least one")
+	}
+	seen := make(map[string]bool, len(backends))
+	for _, b := range backends {
+		t, err := parseTarget(b.Address)
+		if err != nil {
+			return fmt.Errorf("backend %q: %w", b.Address, err)
+		}
+		if seen[t.String()] {
+			return fmt.Errorf("backend %q is listed twice", b.Address)
+		}
+		seen[t.String()] = true
+		if b.Weight != nil {
+			if err := checkRange("weight", *b.Weight, 1, maxWeight); err != nil {
+				return fmt.Errorf("backend %q: %w", b.Address, err)
+			}
+		}
+	}
+	return nil
+}
+
+func checkRange(option string, n, low, high int) error {
+	if n < low || n > high {
+		return fmt.Errorf("%s %d: want a number from %d to %d", option, n, low, high)
+	}
+	return nil
+}
+
+func checkDuration(option string, d caddy.Duration, low time.Duration) error {
+	switch {
+	case d < 0:
+		return fmt.Errorf("%s %s: want a duration that is not negative", option, time.Duration(d))
+	case time.Duration(d) < low:
+		return fmt.Errorf("%s %s: want a duration of at least %s", option, time.Duration(d), low)
+	}
+	return nil
+}
+
+func checkFastInterval(option string, fast, interval caddy.Duration) error {
+	if fast > interval {
+		return fmt.Errorf("%s %s: may not exceed the interval, %s", option, time.Duration(fast), time.Duration(interval))
+	}
+	return nil
+}
+
+// newGeneration turns a checked handler into what serves its connections.
+func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
+	fingerprint, err := h.fingerprint()
+	if err != nil {
+		return nil, err
+	}
+	policy, err := ctx.LoadModule(h.LoadBalancing, "SelectionPolicyRaw")
+	if err != nil {
+		return nil, fmt.Errorf("tcp_lb %q: loading the selection policy: %w", h.Name, err)
+	}
+	a := h.HealthChecks.Active
+	g := &generation{
+		name:        h.Name,
+		fingerprint: fingerprint,
+		policy:      policy.(SelectionPolicy),
+		retries:     *h.LoadBalancing.Retries,
+		tryDuration: time.Duration(h.LoadBalancing.TryDuration),
+		tryInterval: time.Duration(h.LoadBalancing.TryInterval),
+		checks: checkSettings{
+			enabled:      !a.Disabled,
+			interval:     time.Duration(a.Interval),
+			fastInterval: time.Duration(a.FastInterval),
+			timeout:      time.Duration(a.Timeout),
+			passes:       a.Passes,
+			fails:        a.Fails,
+			port:         uint16(a.Port),
+		},
+		limit:        int64(h.MaxConnections),
+		dialTimeout:  time.Duration(h.DialTimeout),
+		idleTimeout:  time.Duration(*h.IdleTimeout),
+		drainTimeout: time.Duration(*h.DrainTimeout),
+		accessLog:    h.AccessLog,
+		ctx:          ctx,
+		logger:       ctx.Logger(),
+		dial:         dialTarget,
+		stopped:      make(chan struct{}),
+	}
+	g.access = g.logger.Named("access")
+	for _, b := range h.Backends {
+		t, err := parseTarget(b.Address)
+		if err != nil {
+			return nil, err
+		}
+		g.config = append(g.config, member{target: t, weight: *b.Weight})
+	}
+	return g, nil
+}
+
+// fingerprint is equal for two handlers of the same settings only.
+func (h *Handler) fingerprint() (string, error) {
+	b, err := json.Marshal(h)
+	return string(b), err
+}
