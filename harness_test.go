@@ -1,0 +1,305 @@
+package tcplb
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	_ "github.com/caddy-tcp-lb/caddy-tcp-lb/internal/demo"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+	_ "github.com/mholt/caddy-l4"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// hangTimeout bounds every wait of the tests. It is no measure of speed.
+const hangTimeout = 30 * time.Second
+
+func TestMain(m *testing.M) {
+	if os.Getenv(childEnv) != "" {
+		runChild()
+		return
+	}
+	goleak.VerifyTestMain(m,
+		// Caddy starts these once for the process and never ends them.
+		goleak.IgnoreAnyFunction("github.com/caddyserver/caddy/v2/modules/caddytls.(*TLS).keepStorageClean.func1"),
+		goleak.IgnoreAnyFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
+		goleak.IgnoreAnyFunction("go.opencensus.io/stats/view.(*worker).start"),
+	)
+}
+
+// runCaddy loads the config, in JSON, into this process's Caddy and stops it
+// with the test.
+func runCaddy(t testing.TB, config string) {
+	t.Helper()
+	require.NoError(t, caddy.Load([]byte(config), true))
+	t.Cleanup(func() { require.NoError(t, caddy.Stop()) })
+}
+
+// reload replaces the config that runCaddy loaded.
+func reload(t testing.TB, config string) {
+	t.Helper()
+	require.NoError(t, caddy.Load([]byte(config), true))
+}
+
+// lbConfig is a config with one layer4 server and one tcp_lb handler, whose JSON
+// is given without its name of handler.
+func lbConfig(listen, handler string) string {
+	return layer4Config(fmt.Sprintf(`"srv":{"listen":[%q],"routes":[{"handle":[%s]}]}`, listen, withHandler(handler)))
+}
+
+func withHandler(options string) string {
+	return `{"handler":"tcp_lb",` + strings.TrimPrefix(strings.TrimSpace(options), "{")
+}
+
+func layer4Config(servers string) string {
+	return `{"admin":{"disabled":true,"config":{"persist":false}},` +
+		`"logging":{"logs":{"default":{"level":"ERROR"}}},` +
+		`"apps":{"layer4":{"servers":{` + servers + `}}}}`
+}
+
+// backendsJSON is a list of backends of weight 1.
+func backendsJSON(addresses ...string) string {
+	var list []BackendConfig
+	for _, a := range addresses {
+		list = append(list, BackendConfig{Address: a})
+	}
+	b, _ := json.Marshal(list)
+	return `"backends":` + string(b)
+}
+
+// adapt turns a Caddyfile into JSON.
+func adapt(t testing.TB, caddyfile string) (string, error) {
+	t.Helper()
+	out, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
+	if err == nil {
+		for _, w := range warnings {
+			require.NotContains(t, w.Message, "not formatted", "the test's Caddyfile")
+		}
+	}
+	return string(out), err
+}
+
+// freeAddress returns a loopback address nobody listens on.
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+// server is a backend under test's control: each connection goes to handle, in
+// a goroutine of its own.
+type server struct {
+	t       testing.TB
+	address string
+	handle  func(*net.TCPConn)
+
+	mu       sync.Mutex
+	ln       net.Listener
+	conns    map[*net.TCPConn]bool
+	accepted int
+	wg       sync.WaitGroup
+}
+
+// startServer listens on a free address, or on the given one.
+func startServer(t testing.TB, address string, handle func(*net.TCPConn)) *server {
+	t.Helper()
+	if address == "" {
+		address = "127.0.0.1:0"
+	}
+	s := &server{t: t, address: address, handle: handle, conns: make(map[*net.TCPConn]bool)}
+	s.start()
+	t.Cleanup(s.kill)
+	return s
+}
+
+func (s *server) start() {
+	s.t.Helper()
+	ln, err := net.Listen("tcp", s.address)
+	require.NoError(s.t, err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ln, s.address = ln, ln.Addr().String()
+	s.wg.Add(1)
+	go s.serve(ln)
+}
+
+func (s *server) serve(ln net.Listener) {
+	defer s.wg.Done()
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		s.mu.Lock()
+		s.accepted++
+		s.conns[c.(*net.TCPConn)] = true
+		s.wg.Add(1)
+		s.mu.Unlock()
+		go s.serveConn(c.(*net.TCPConn))
+	}
+}
+
+func (s *server) serveConn(c *net.TCPConn) {
+	defer s.wg.Done()
+	defer func() {
+		_ = c.Close()
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+	}()
+	s.handle(c)
+}
+
+// kill stops listening, resets every connection and waits for the handlers.
+func (s *server) kill() {
+	s.mu.Lock()
+	_ = s.ln.Close()
+	for c := range s.conns {
+		_ = c.SetLinger(0)
+		_ = c.Close()
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+}
+
+func (s *server) acceptedCount() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.accepted
+}
+
+// echoServer sends everything back and passes a half-close on.
+func echoServer(t testing.TB) *server {
+	t.Helper()
+	return startServer(t, "", func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+}
+
+// namedServer sends its name to every client and closes.
+func namedServer(t testing.TB, name string) *server {
+	t.Helper()
+	return startServer(t, "", func(c *net.TCPConn) { _, _ = io.WriteString(c, name) })
+}
+
+// dialClient connects to the balancer.
+func dialClient(t testing.TB, address string) *net.TCPConn {
+	t.Helper()
+	c, err := net.DialTimeout("tcp", address, hangTimeout)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	require.NoError(t, c.SetDeadline(time.Now().Add(hangTimeout)))
+	return c.(*net.TCPConn)
+}
+
+// ask connects and returns all that the backend says.
+func ask(address string) (string, error) {
+	c, err := net.DialTimeout("tcp", address, hangTimeout)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(hangTimeout))
+	b, err := io.ReadAll(c)
+	return string(b), err
+}
+
+// eventually waits for cond, as long as a hang would take to notice.
+func eventually(t testing.TB, cond func() bool, what string, args ...any) {
+	t.Helper()
+	deadline := time.Now().Add(hangTimeout)
+	for !cond() {
+		if time.Now().After(deadline) {
+			require.FailNow(t, "never happened: "+fmt.Sprintf(what, args...))
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+// metric returns the value of one series of the running config's collector, or
+// the sum of all series that have the labels; a histogram counts its
+// observations.
+func metric(t testing.TB, name string, labels map[string]string) float64 {
+	t.Helper()
+	r := prometheus.NewPedanticRegistry()
+	require.NoError(t, r.Register(collector{}))
+	families, err := r.Gather()
+	require.NoError(t, err)
+	sum := 0.0
+	for _, f := range families {
+		if f.GetName() != "tcp_lb_"+name {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			if hasLabels(m, labels) {
+				sum += m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
+			}
+		}
+	}
+	return sum
+}
+
+func hasLabels(m *dto.Metric, want map[string]string) bool {
+	have := make(map[string]string)
+	for _, l := range m.GetLabel() {
+		have[l.GetName()] = l.GetValue()
+	}
+	for k, v := range want {
+		if have[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+// labels makes a map of pairs.
+func labels(pairs ...string) map[string]string {
+	m := make(map[string]string)
+	for i := 0; i < len(pairs); i += 2 {
+		m[pairs[i]] = pairs[i+1]
+	}
+	return m
+}
+
+// backendStatuses is what GET /tcp_lb/backends answers.
+func backendStatuses(t testing.TB) map[string]backendStatus {
+	t.Helper()
+	w := httptest.NewRecorder()
+	require.NoError(t, serveBackends(w, httptest.NewRequest(http.MethodGet, "/tcp_lb/backends", nil)))
+	var list []backendStatus
+	require.NoError(t, json.Unmarshal(w.Body.Bytes(), &list))
+	byAddress := make(map[string]backendStatus, len(list))
+	for _, s := range list {
+		byAddress[s.Address] = s
+	}
+	return maps.Clone(byAddress)
+}
+
+// checked waits until every backend of the pool had its first check.
+func checked(t testing.TB) {
+	t.Helper()
+	eventually(t, func() bool {
+		all := backendStatuses(t)
+		for _, s := range all {
+			if s.LastCheck == nil {
+				return false
+			}
+		}
+		return len(all) > 0
+	}, "a first check of every backend")
+}
