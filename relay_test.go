@@ -370,3 +370,5 @@ func TestRelayContainsPanics(t *testing.T) {
 	expectReset(t, far)
 	expectReset(t, farBackend)
 }
+
+func readAllCount(c net.Conn) (int64, error) { return io.Copy(io.Discard, c) }

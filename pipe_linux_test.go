@@ -1,0 +1,46 @@
+package tcplb
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func countSparePipes() int {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	return len(pipes.spare)
+}
+
+func TestPipesComeOutOfTheFileBudget(t *testing.T) {
+	var held []*pipe
+	for range sparePipes + 5 {
+		p := pipes.get()
+		require.NotNil(t, p)
+		held = append(held, p)
+	}
+	before := files.used.Load()
+	for _, p := range held {
+		pipes.put(p)
+	}
+	require.Equal(t, sparePipes, countSparePipes())
+	require.EqualValues(t, before-5*filesPerPipe, files.used.Load(), "the others are closed")
+}
+
+func TestNoPipeWithoutFiles(t *testing.T) {
+	for countSparePipes() > 0 {
+		pipes.discard(pipes.get())
+	}
+	rest := files.limit - files.used.Load()
+	require.True(t, files.acquire(rest))
+	defer files.release(rest)
+	require.Nil(t, pipes.get())
+
+	// A bulk transfer goes on without.
+	r := startRelay(t, 0, nil)
+	const size = 8 << 20
+	go func() { _, _ = r.client.Write(make([]byte, size)); _ = r.client.CloseWrite() }()
+	n, err := readAllCount(r.backend)
+	require.NoError(t, err)
+	require.EqualValues(t, size, n)
+}

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package tcplb
+
+func countSparePipes() int { return 0 }
