@@ -1,12 +1,122 @@
 package tcplb
 
 import (
+	"encoding/json"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	"github.com/mholt/caddy-l4/layer4"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+
+	"net"
 )
 
 // childEnv makes the test binary a Caddy with this module, for tests that need
 // a process of its own: signals, exit, file limits.
 const childEnv = "TCPLB_TEST_CHILD"
 
+const terminate = syscall.SIGTERM
+
 // runChild is that Caddy; its arguments are Caddy's.
 func runChild() { caddycmd.Main() }
+
+// child is a Caddy in a process of its own.
+type child struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has exited and its log is read
+
+	mu  sync.Mutex
+	log []string
+}
+
+// startChild runs the config, in JSON; the test's end kills the process if it
+// is still there.
+func startChild(t *testing.T, config string) *child {
+	t.Helper()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "caddy.json")
+	require.NoError(t, os.WriteFile(file, []byte(config), 0o600))
+	c := &child{cmd: exec.Command(os.Args[0], "run", "--config", file), done: make(chan struct{})}
+	c.cmd.Env = append(os.Environ(), childEnv+"=1", "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
+	out, err := c.cmd.StderrPipe()
+	require.NoError(t, err)
+	require.NoError(t, c.cmd.Start())
+	go func() {
+		defer close(c.done)
+		scanJSON(out, func(line string) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.log = append(c.log, line)
+		})
+		_ = c.cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = c.cmd.Process.Kill()
+		<-c.done
+		if t.Failed() {
+			t.Log(strings.Join(c.log, "\n"))
+		}
+	})
+	return c
+}
+
+func (c *child) signal(t *testing.T, s os.Signal) {
+	t.Helper()
+	require.NoError(t, c.cmd.Process.Signal(s))
+}
+
+// stopByAdmin does what caddy stop does. The answer comes when draining is over.
+func (c *child) stopByAdmin(t *testing.T, admin string) {
+	t.Helper()
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		client := &http.Client{Timeout: hangTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
+		if r, err := client.Post("http://"+admin+"/stop", "", nil); err == nil {
+			_ = r.Body.Close()
+		}
+	}()
+	t.Cleanup(func() { <-answered })
+}
+
+// wait returns the exit code.
+func (c *child) wait(t *testing.T) int {
+	t.Helper()
+	select {
+	case <-c.done:
+		return c.cmd.ProcessState.ExitCode()
+	case <-time.After(hangTimeout):
+		require.FailNow(t, "the process does not exit")
+		return -1
+	}
+}
+
+// line waits for a line of the log that has the text.
+func (c *child) line(t *testing.T, text string) (fields map[string]any) {
+	t.Helper()
+	eventually(t, func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for _, l := range c.log {
+			if strings.Contains(l, text) {
+				return json.Unmarshal([]byte(l), &fields) == nil
+			}
+		}
+		return false
+	}, "a line with %q", text)
+	return fields
+}
+
+// layer4Connection is what caddy-l4 makes of an accepted connection.
+func layer4Connection(c net.Conn) *layer4.Connection {
+	return layer4.WrapConnection(c, make([]byte, 0, 2048), zap.NewNop())
+}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -94,11 +95,24 @@ func adapt(t testing.TB, caddyfile string) (string, error) {
 	return string(out), err
 }
 
+// listen listens on a loopback port outside the range that the kernel gives to
+// connections, which a test with many of them can use up.
+func listen(t testing.TB) net.Listener {
+	t.Helper()
+	for range 1000 {
+		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 12_000+rand.IntN(20_000)))
+		if err == nil {
+			return ln
+		}
+	}
+	require.FailNow(t, "no free port")
+	return nil
+}
+
 // freeAddress returns a loopback address nobody listens on.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
+	ln := listen(t)
 	defer ln.Close()
 	return ln.Addr().String()
 }
@@ -121,7 +135,7 @@ type server struct {
 func startServer(t testing.TB, address string, handle func(*net.TCPConn)) *server {
 	t.Helper()
 	if address == "" {
-		address = "127.0.0.1:0"
+		address = freeAddress(t)
 	}
 	s := &server{t: t, address: address, handle: handle, conns: make(map[*net.TCPConn]bool)}
 	s.start()

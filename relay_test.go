@@ -58,8 +58,7 @@ func startRelay(t testing.TB, idle time.Duration, wrap func(net.Conn) net.Conn) 
 // tcpPair returns both ends of a loopback connection, the first with a deadline.
 func tcpPair(t testing.TB) (far *net.TCPConn, near net.Conn) {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
+	ln := listen(t)
 	defer ln.Close()
 	c, err := net.Dial("tcp", ln.Addr().String())
 	require.NoError(t, err)

@@ -1,0 +1,210 @@
+package tcplb
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/stretchr/testify/require"
+)
+
+var fuzzPlace = regexp.MustCompile(`at Fuzz:(\d+)`)
+
+// FuzzCaddyfile: an error names a line of the input, and what the parser
+// accepts provisioning accepts, too.
+func FuzzCaddyfile(f *testing.F) {
+	for option, value := range validOptions {
+		f.Add("a:80", option+" "+value)
+	}
+	f.Add("a:80 [::1]:80", "backend unix//run/x.sock 3\nbackend b:80 {\n\tweight 2\n}\nname \"a b\"")
+	f.Add("", "backend {env.A}:80 256 # comment\nhealth_interval off\nhealth_fast_interval 9s")
+	f.Add("a:80", "health_fast_interval 3s\nhealth_interval 2s")
+	f.Add("a:080 a:80", "idle_timeout 1d12h\nlb_policy round_robin {\n}\n{\n}")
+	f.Add("`a:80`", "name <<END\n\ttext\n\tEND\nbackend b:80 {")
+	f.Fuzz(func(t *testing.T, arguments, options string) {
+		text := "tcp_lb " + arguments + " {\n" + options + "\n}\n"
+		tokens, err := caddyfile.Tokenize([]byte(text), "Fuzz")
+		if err != nil {
+			return
+		}
+		var h Handler
+		if err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
+			place := fuzzPlace.FindStringSubmatch(err.Error())
+			require.NotNil(t, place, "no line in the error: %v", err)
+			line, _ := strconv.Atoi(place[1])
+			require.GreaterOrEqual(t, line, 1)
+			require.LessOrEqual(t, line, 1+strings.Count(text, "\n"))
+			return
+		}
+
+		raw, err := json.Marshal(&h)
+		require.NoError(t, err)
+		var again Handler
+		require.NoError(t, caddy.StrictUnmarshalJSON(raw, &again))
+		require.Equal(t, h, again)
+		if slices.ContainsFunc(h.Backends, func(b BackendConfig) bool { return hasPlaceholder(b.Address) }) {
+			return
+		}
+		require.NoError(t, again.fill())
+		require.NoError(t, again.check())
+		requireInRange(t, &again)
+	})
+}
+
+// FuzzJSON: what is accepted is in its documented range.
+func FuzzJSON(f *testing.F) {
+	files, err := filepath.Glob("testdata/caddyfile/*.caddytest")
+	require.NoError(f, err)
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		require.NoError(f, err)
+		_, config, _ := strings.Cut(string(content), goldenSeparator)
+		if strings.Contains(config, `"layer4"`) {
+			raw := firstHandler(f, config)
+			f.Add([]byte(strings.Replace(raw, `"handler": "tcp_lb",`, "", 1)))
+		}
+	}
+	f.Add([]byte(`{"backends":[{"address":"a:80","weight":0}],"idle_timeout":"-1s","load_balancing":null,"health_checks":{"active":null}}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		var h Handler
+		if caddy.StrictUnmarshalJSON(raw, &h) != nil {
+			return
+		}
+		if slices.ContainsFunc(h.Backends, func(b BackendConfig) bool { return strings.Contains(b.Address, "{file.") }) {
+			return // it would read this machine's files
+		}
+		if h.fill() != nil || h.check() != nil {
+			return
+		}
+		requireInRange(t, &h)
+		_, err := h.fingerprint()
+		require.NoError(t, err)
+	})
+}
+
+// requireInRange has the documented range of every setting, with the defaults
+// filled in.
+func requireInRange(t testing.TB, h *Handler) {
+	t.Helper()
+	number := func(option string, n, low, high int) {
+		require.True(t, low <= n && n <= high, "%s %d", option, n)
+	}
+	atLeast := func(option string, d caddy.Duration, low time.Duration) {
+		require.GreaterOrEqual(t, time.Duration(d), low, option)
+	}
+	require.NotEmpty(t, h.Name)
+	require.False(t, strings.ContainsFunc(h.Name, unicode.IsControl), "name %q", h.Name)
+	require.NotEmpty(t, h.Backends)
+	seen := make(map[string]bool)
+	for _, b := range h.Backends {
+		target, err := parseTarget(b.Address)
+		require.NoError(t, err)
+		require.False(t, seen[target.String()], "%s twice", target)
+		seen[target.String()] = true
+		number("weight", *b.Weight, 1, 256)
+	}
+	lb, a := h.LoadBalancing, h.HealthChecks.Active
+	require.NotEmpty(t, lb.SelectionPolicyRaw)
+	number("retries", *lb.Retries, 0, 1000)
+	atLeast("try_duration", lb.TryDuration, 0)
+	atLeast("try_interval", lb.TryInterval, time.Millisecond)
+	atLeast("interval", a.Interval, time.Millisecond)
+	atLeast("fast_interval", a.FastInterval, time.Millisecond)
+	require.LessOrEqual(t, a.FastInterval, a.Interval)
+	atLeast("timeout", a.Timeout, time.Millisecond)
+	number("passes", a.Passes, 1, 1000)
+	number("fails", a.Fails, 1, 1000)
+	number("port", a.Port, 0, 65535)
+	number("max_connections", h.MaxConnections, 0, 1<<31-1)
+	atLeast("dial_timeout", h.DialTimeout, time.Millisecond)
+	atLeast("idle_timeout", *h.IdleTimeout, 0)
+	atLeast("drain_timeout", *h.DrainTimeout, 0)
+}
+
+// FuzzParseTarget: the canonical form of an address is its own canonical form,
+// and names the same target.
+func FuzzParseTarget(f *testing.F) {
+	for _, address := range []string{
+		"a:80", "A.example.:080", "10.0.0.1:1", "[::1]:65535", "[0:0::1]:80", "[::ffff:10.0.0.1]:80", "[fe80::1%eth0]:80",
+		"unix//run/x.sock", "UNIX/x", "tcp/a:80", "udp/a:80", "a:80-82", "[a:b]:80", "::1:80", ":80", "a:", "/a:80", "{env.A}:80",
+	} {
+		f.Add(address)
+	}
+	f.Fuzz(func(t *testing.T, address string) {
+		parsed, err := parseTarget(address)
+		if err != nil {
+			return
+		}
+		canonical := parsed.String()
+		again, err := parseTarget(canonical)
+		require.NoError(t, err, "%q, which is the canonical form of %q", canonical, address)
+		require.Equal(t, canonical, again.String())
+		require.Equal(t, parsed.unix, again.unix)
+		require.Equal(t, parsed.port, again.port)
+		require.Equal(t, parsed.literal, again.literal)
+		require.Equal(t, parsed.unix == "", parsed.host != "" && parsed.port != 0)
+		if parsed.unix == "" {
+			require.True(t, strings.HasSuffix(canonical, ":"+strconv.Itoa(int(parsed.port))))
+			other, err := parseTarget(parsed.withPort(1).String())
+			require.NoError(t, err)
+			require.EqualValues(t, 1, other.port)
+		}
+	})
+}
+
+// FuzzVerdict compares the verdict with the rule as its documentation says it:
+// the first result decides, then as many in a row as are needed against it.
+func FuzzVerdict(f *testing.F) {
+	f.Add([]byte{0, 1, 1, 0, 0, 0}, uint8(2), uint8(3))
+	f.Add([]byte{1, 0, 0, 1, 1}, uint8(1), uint8(1))
+	f.Add([]byte{1, 0, 0, 1, 0, 0, 0}, uint8(3), uint8(2))
+	f.Fuzz(func(t *testing.T, data []byte, passes, fails uint8) {
+		needPasses, needFails := 1+int(passes)%10, 1+int(fails)%10
+		results := make([]bool, len(data))
+		for i, b := range data {
+			results[i] = b%2 == 1
+		}
+		want := modelVerdicts(results, needPasses, needFails)
+		var v verdict
+		for i, passed := range results {
+			v = v.next(passed, needPasses, needFails)
+			require.Equal(t, want[i], !v.down, "after %v, %d passes, %d fails", results[:i+1], needPasses, needFails)
+			require.True(t, v.settled)
+			if passed == want[i] {
+				require.Zero(t, v.run, "a result for the verdict, or the one that made it, ends the run")
+			} else {
+				require.Positive(t, v.run)
+			}
+		}
+	})
+}
+
+// modelVerdicts returns whether the backend is up after each result.
+func modelVerdicts(results []bool, passes, fails int) []bool {
+	var verdicts []bool
+	up, since := false, 0 // since: the first result that this verdict stands against
+	for i, result := range results {
+		needed := passes
+		if up {
+			needed = fails
+		}
+		lately := results[max(0, i+1-needed) : i+1]
+		switch {
+		case i == 0:
+			up, since = result, 1
+		case i+1-since >= needed && !slices.Contains(lately, up):
+			up, since = !up, i+1
+		}
+		verdicts = append(verdicts, up)
+	}
+	return verdicts
+}

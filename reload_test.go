@@ -1,0 +1,180 @@
+package tcplb
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/stretchr/testify/require"
+)
+
+func TestReloadKeepsConnectionsAndPosition(t *testing.T) {
+	a, b, c := namedServer(t, "a"), namedServer(t, "b"), namedServer(t, "c")
+	lb := freeAddress(t)
+	config := func(options string) string {
+		return lbConfig(lb, backendsJSON(a.address, b.address, c.address)+options+"}")
+	}
+	runCaddy(t, config(""))
+	next := func() string {
+		name, err := ask(lb)
+		require.NoError(t, err)
+		return name
+	}
+	require.Equal(t, "a", next())
+	reload(t, config(`,"dial_timeout":"4s"`))
+	require.Equal(t, "b", next())
+	reload(t, config(`,"access_log":false,"dial_timeout":"5s"`))
+	require.Equal(t, "c", next())
+	require.Equal(t, "a", next())
+	requireBooksBalance(t, 4)
+}
+
+func TestReloadAddsAndRemovesBackends(t *testing.T) {
+	a, b, c := echoServer(t), echoServer(t), echoServer(t)
+	lb := freeAddress(t)
+	config := func(options string, addresses ...string) string {
+		return lbConfig(lb, backendsJSON(addresses...)+options+"}")
+	}
+	runCaddy(t, config("", a.address, b.address))
+	held := make(map[string]*net.TCPConn)
+	for _, address := range []string{a.address, b.address} {
+		conn := dialClient(t, lb)
+		write(t, conn, "x")
+		expect(t, conn, "x")
+		held[address] = conn
+	}
+
+	reload(t, config("", a.address, c.address)) // drain_timeout 30s
+	for _, conn := range held {
+		write(t, conn, "still here")
+		expect(t, conn, "still here")
+	}
+	status := backendStatuses(t)
+	require.EqualValues(t, 0, status[b.address].Weight, "b has left the config …")
+	require.EqualValues(t, 1, status[b.address].Active, "… and is still counted")
+	require.EqualValues(t, 11, status[b.address].SentBytes)
+
+	// Back while its connection lives: it is the same backend.
+	reload(t, config("", a.address, b.address))
+	status = backendStatuses(t)
+	require.EqualValues(t, 1, status[b.address].Weight)
+	require.EqualValues(t, 1, status[b.address].ConnectionsTotal)
+	require.NotContains(t, status, c.address, "nothing is left of one without connections")
+
+	// Gone, with the timeout of the config that it leaves.
+	reload(t, config(`,"drain_timeout":"0s"`, a.address, b.address))
+	reload(t, config(`,"drain_timeout":"0s"`, a.address))
+	expectReset(t, held[b.address])
+	eventually(t, func() bool { return len(backendStatuses(t)) == 1 }, "the series of b are gone")
+	write(t, held[a.address], "untouched")
+	expect(t, held[a.address], "untouched")
+	require.EqualValues(t, 1, metric(t, "connections_active", nil))
+}
+
+func TestDrainTimeoutIsCounted(t *testing.T) {
+	a, b := echoServer(t), echoServer(t)
+	lb := freeAddress(t)
+	config := func(addresses ...string) string {
+		return lbConfig(lb, backendsJSON(addresses...)+`,"drain_timeout":"100ms"}`)
+	}
+	runCaddy(t, config(a.address, b.address))
+	var backend *Backend
+	for range 2 {
+		c := dialClient(t, lb)
+		write(t, c, "x")
+		expect(t, c, "x")
+	}
+	for _, v := range registry.snapshot() {
+		for _, each := range v.backends {
+			if each.address == b.address {
+				backend = each
+			}
+		}
+	}
+	began := time.Now()
+	reload(t, config(a.address))
+	eventually(t, func() bool { return backend.stats.closed[reasonDrainTimeout].Load() == 1 }, "cut")
+	require.GreaterOrEqual(t, time.Since(began), 100*time.Millisecond, "not before its time")
+	require.EqualValues(t, 1, metric(t, "connections_active", nil))
+}
+
+func TestHandlersShareAPool(t *testing.T) {
+	a, b := namedServer(t, "a"), namedServer(t, "b")
+	first, second, third := freeAddress(t), freeAddress(t), freeAddress(t)
+	server := func(key, listen, name string) string {
+		return fmt.Sprintf(`%q:{"listen":[%q],"routes":[{"handle":[{"handler":"tcp_lb","name":%q,%s}]}]}`,
+			key, listen, name, backendsJSON(a.address, b.address))
+	}
+	runCaddy(t, layer4Config(server("1", first, "x")+","+server("2", second, "x")+","+server("3", third, "y")))
+	got := ""
+	for _, address := range []string{first, second, second, first, third} {
+		name, err := ask(address)
+		require.NoError(t, err)
+		got += name
+	}
+	require.Equal(t, "abab"+"a", got, "one rotation for both of one name, another for the other")
+}
+
+func TestFailedLoadChangesNothing(t *testing.T) {
+	a, b := echoServer(t), echoServer(t)
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig(lb, backendsJSON(a.address)+"}"))
+	c := dialClient(t, lb)
+	write(t, c, "x")
+	expect(t, c, "x")
+	before := backendStatuses(t)[a.address]
+
+	for name, config := range map[string]string{
+		"provision": lbConfig(lb, backendsJSON(a.address, b.address)+`,"max_connections":-1}`),
+		"another handler's provision": layer4Config(fmt.Sprintf(`"srv":{"listen":[%q],"routes":[{"handle":[%s]},{"handle":[{"handler":"nonesuch"}]}]}`,
+			lb, withHandler(backendsJSON(b.address)+"}"))),
+		"start": layer4Config(fmt.Sprintf(`"srv":{"listen":[%q],"routes":[{"handle":[%s]}]},"zz":{"listen":[%q],"routes":[]}`,
+			lb, withHandler(backendsJSON(a.address, b.address)+`,"drain_timeout":"0s"}`), "unix//nonexistent/dir/socket")),
+	} {
+		t.Run(name, func(t *testing.T) {
+			require.Error(t, caddy.Load([]byte(config), true))
+			write(t, c, "y")
+			expect(t, c, "y")
+			after := backendStatuses(t)
+			require.Len(t, after, 1)
+			require.Equal(t, before.ConnectionsTotal, after[a.address].ConnectionsTotal)
+			require.EqualValues(t, 1, after[a.address].Weight)
+			probed := b.acceptedCount()
+			eventually(t, func() bool { return len(registry.snapshot()) == 1 }, "one pool")
+			require.Equal(t, probed, b.acceptedCount())
+		})
+	}
+	other := dialClient(t, lb)
+	write(t, other, "new ones are served")
+	expect(t, other, "new ones are served")
+}
+
+// A handler goes on after its config has ended: for connections that were
+// accepted before and come to it after.
+func TestHandlerAfterItsConfig(t *testing.T) {
+	s := echoServer(t)
+	f := newFakeNet()
+	g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(s.address) })
+	g.dial = dialTarget
+	g.start()
+	g.stop()
+	require.Empty(t, registry.snapshot())
+
+	live := g.live()
+	require.Same(t, g, live)
+	l, err := live.connect(nil)
+	require.NoError(t, err)
+	require.Len(t, registry.snapshot(), 1, "counted again")
+	_, _ = io.WriteString(l.conn, "x")
+	expect(t, l.conn, "x")
+	require.NoError(t, l.conn.Close())
+	l.release()
+	require.Empty(t, registry.snapshot())
+
+	never, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(s.address) })
+	never.stop()
+	require.Nil(t, never.live(), "a config that never ran serves nothing")
+}
