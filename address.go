@@ -13,10 +13,11 @@ import (
 
 // target is where a backend is reached.
 type target struct {
-	unix    string         // path of a Unix socket, or …
-	literal netip.AddrPort // … a literal IP address, valid if it is one, or …
-	host    string         // … a name to resolve at each connect
+	unix    string     // path of a Unix socket, or …
+	literal netip.Addr // … a literal IP address, valid if it is one, or …
+	host    string     // … a name to resolve at each connect
 	port    uint16
+	text    string // of all that, in canonical form
 }
 
 // hasPlaceholder reports whether the address is known only when it is loaded.
@@ -35,7 +36,7 @@ func parseTarget(address string) (target, error) {
 		if host == "" {
 			return target{}, errors.New("want unix//path, the path is missing")
 		}
-		return target{unix: host}, nil
+		return target{unix: host, text: "unix/" + host}, nil
 	case network != "" && network != "tcp":
 		return target{}, fmt.Errorf("network %q is not supported, want host:port or unix//path", network)
 	case port == "":
@@ -53,30 +54,26 @@ func parseTarget(address string) (target, error) {
 	}
 	t := target{host: host, port: uint16(n)}
 	if ip, err := netip.ParseAddr(host); err == nil {
-		t.literal = netip.AddrPortFrom(ip, t.port)
+		t.literal = ip
 	} else if strings.Contains(host, ":") {
 		return target{}, fmt.Errorf("%q is not an IPv6 address", host)
 	}
-	return t, nil
+	return t.withPort(t.port), nil
 }
 
 // String returns the canonical form, which names the backend everywhere.
-func (t target) String() string {
-	switch {
-	case t.unix != "":
-		return "unix/" + t.unix
-	case t.literal.IsValid():
-		return t.literal.String()
-	default:
-		return net.JoinHostPort(t.host, strconv.Itoa(int(t.port)))
-	}
-}
+func (t target) String() string { return t.text }
 
 // withPort returns the target with another port; a Unix socket has none.
 func (t target) withPort(port uint16) target {
-	if t.literal.IsValid() {
-		t.literal = netip.AddrPortFrom(t.literal.Addr(), port)
+	if t.unix != "" {
+		return t
 	}
 	t.port = port
+	if t.literal.IsValid() {
+		t.text = netip.AddrPortFrom(t.literal, port).String()
+	} else {
+		t.text = net.JoinHostPort(t.host, strconv.Itoa(int(port)))
+	}
 	return t
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"os"
 	"syscall"
 	"time"
@@ -46,27 +45,19 @@ type dialFunc func(ctx context.Context, t target, timeout time.Duration) (net.Co
 // dialTarget is the real dialFunc. Names are resolved by Go's resolver at each
 // call, and all addresses of a name are tried, those of both families side by
 // side (RFC 8305).
+//
+// It does not use Dialer.DialTCP, which binds the local end even to no address
+// in particular: a port taken by bind serves one connection only, one taken by
+// connect serves one to each destination.
 func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn, error) {
 	d := net.Dialer{Timeout: timeout, Resolver: &resolver}
-	switch {
-	case t.unix != "":
+	if t.unix != "" {
 		return d.DialContext(ctx, "unix", t.unix)
-	case t.literal.IsValid():
-		return orNil(d.DialTCP(ctx, "tcp", netip.AddrPort{}, t.literal))
-	default:
-		return d.DialContext(ctx, "tcp", t.String())
 	}
+	return d.DialContext(ctx, "tcp", t.text)
 }
 
 var resolver = net.Resolver{PreferGo: true}
-
-// orNil keeps a nil *TCPConn from becoming a non-nil net.Conn.
-func orNil(c *net.TCPConn, err error) (net.Conn, error) {
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
-}
 
 var errNoBackend = errors.New("no backend available")
 
