@@ -215,7 +215,7 @@ func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
 		errors.Is(err, syscall.ETIMEDOUT) || errors.Is(err, syscall.EHOSTUNREACH) ||
 		errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.ECONNABORTED) ||
-		errors.Is(err, io.ErrUnexpectedEOF) // TLS without a closing alert
+		errors.Is(err, io.ErrUnexpectedEOF) // TLS that ends within a record
 }
 
 // conclude records why the connection ends. The first reason stays, except

@@ -78,9 +78,16 @@ func TestDefaultFastIntervalKeepsWithinTheInterval(t *testing.T) {
 	}
 }
 
+// noPoolsYet waits for the last connections of earlier tests, which hold pools.
+func noPoolsYet(t testing.TB) {
+	t.Helper()
+	eventually(t, func() bool { return len(registry.snapshot()) == 0 }, "the end of the last test's pools")
+}
+
 // loaded runs a config of the one handler and returns what serves it.
 func loaded(t *testing.T, handler string) *generation {
 	t.Helper()
+	noPoolsYet(t)
 	runCaddy(t, lbConfig(freeAddress(t), handler))
 	views := registry.snapshot()
 	require.Len(t, views, 1)
@@ -135,6 +142,7 @@ func TestSettingsReachTheGeneration(t *testing.T) {
 }
 
 func TestJSONRefuses(t *testing.T) {
+	noPoolsYet(t)
 	const backends = `"backends":[{"address":"a:80"}]`
 	active := func(options string) string { return backends + `,"health_checks":{"active":{` + options + `}}` }
 	balancing := func(options string) string { return backends + `,"load_balancing":{` + options + `}` }
@@ -241,6 +249,7 @@ func TestHandlersOfOneName(t *testing.T) {
 }
 
 func TestHandlersOfOneNameShareOnePool(t *testing.T) {
+	noPoolsYet(t)
 	a, b := namedServer(t, "a"), namedServer(t, "b")
 	handler := `{"name":"shared",` + checksDisabled + `,` + backendsJSON(a.address, b.address) + `}`
 	first, second := freeAddress(t), freeAddress(t)
@@ -296,6 +305,7 @@ func TestPlaceholders(t *testing.T) {
 }
 
 func TestValidateConnectsNowhere(t *testing.T) {
+	noPoolsYet(t)
 	s := startServer(t, "", func(*net.TCPConn) {})
 	handler := `{"health_checks":{"active":{"interval":"10ms","fast_interval":"1ms"}},` + backendsJSON(s.address) + `}`
 	listen := freeAddress(t)
@@ -316,6 +326,7 @@ func TestValidateConnectsNowhere(t *testing.T) {
 }
 
 func TestRefusedLoadLeavesNothing(t *testing.T) {
+	noPoolsYet(t)
 	require.Error(t, caddy.Load([]byte(lbConfig(freeAddress(t), `{`+backendsJSON("a:80")+`,"max_connections":-1}`)), true))
 	require.Empty(t, registry.snapshot())
 	// One good handler, provisioned before or after the bad one, isn't started either.
