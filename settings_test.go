@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/mholt/caddy-l4/layer4"
 	"github.com/stretchr/testify/require"
 )
 
@@ -304,15 +305,44 @@ func TestPlaceholders(t *testing.T) {
 	}
 }
 
+// provisionHook is a handler that calls atProvision when it is provisioned,
+// which is after the handlers that come before it in its route.
+type provisionHook struct{}
+
+var atProvision func()
+
+func init() { caddy.RegisterModule(provisionHook{}) }
+
+func (provisionHook) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "layer4.handlers.tcplb_test_provision_hook",
+		New: func() caddy.Module { return new(provisionHook) },
+	}
+}
+
+func (provisionHook) Provision(caddy.Context) error {
+	atProvision()
+	return nil
+}
+
+func (provisionHook) Handle(*layer4.Connection, layer4.Handler) error { return nil }
+
 func TestValidateConnectsNowhere(t *testing.T) {
 	noPoolsYet(t)
 	s := startServer(t, "", func(*net.TCPConn) {})
 	handler := `{"health_checks":{"active":{"interval":"10ms","fast_interval":"1ms"}},` + backendsJSON(s.address) + `}`
 	listen := freeAddress(t)
+	provisioned := 0
+	atProvision = func() {
+		provisioned++
+		require.Empty(t, registry.snapshot(), "a pool, and so a checker, while the config is only provisioned")
+	}
 	for range 3 {
-		require.NoError(t, validate(t, lbConfig(listen, handler)))
+		require.NoError(t, validate(t, layer4Config(fmt.Sprintf(
+			`"srv":{"listen":[%q],"routes":[{"handle":[%s,{"handler":"tcplb_test_provision_hook"}]}]}`, listen, withHandler(handler)))))
 		require.Empty(t, registry.snapshot())
 	}
+	require.Equal(t, 3, provisioned)
 	// A connection of the test's own, after which any earlier one is counted, too.
 	_, err := ask(s.address)
 	require.NoError(t, err)

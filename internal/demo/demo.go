@@ -58,11 +58,10 @@ func (b *Backend) Handle(cx *layer4.Connection, _ layer4.Handler) error {
 // the reader's buffer or the stream, the error says so.
 func peekLine(in *bufio.Reader) (string, error) {
 	for n := 1; ; n = in.Buffered() + 1 {
-		b, err := in.Peek(n)
-		if err != nil {
+		if _, err := in.Peek(n); err != nil {
 			return "", err
 		}
-		b, _ = in.Peek(in.Buffered())
+		b, _ := in.Peek(in.Buffered())
 		if line, _, ok := strings.Cut(string(b), "\n"); ok {
 			return line, nil
 		}

@@ -1,0 +1,45 @@
+GO ?= go
+STATICCHECK_VERSION ?= v0.8.2
+
+.DEFAULT_GOAL := help
+.PHONY: help build run test test-verbose test-coverage lint bench docker-build docker-up docker-down clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build bin/caddy, with this module in it
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/caddy ./cmd/caddy
+
+run: ## Run the quick start: localhost:8080 over three demo backends
+	$(GO) run ./cmd/caddy run --config examples/quickstart/Caddyfile
+
+test: ## Run all tests with the race detector
+	$(GO) test -race -count=1 ./...
+
+test-verbose: ## The same, naming every test
+	$(GO) test -race -count=1 -v ./...
+
+test-coverage: ## The same, with coverage.html
+	$(GO) test -race -count=1 -coverprofile=coverage.out ./...
+	$(GO) tool cover -func=coverage.out | tail -n 1
+	$(GO) tool cover -html=coverage.out -o coverage.html
+
+lint: ## Check formatting, vet and staticcheck
+	@test -z "$$(gofmt -l .)" || { echo "not formatted:"; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION) ./...
+
+bench: ## Run the Go benchmarks
+	$(GO) test -run '^$$' -bench . -benchmem .
+
+docker-build: ## Build the image
+	docker build -t caddy-tcp-lb .
+
+docker-up: ## Start the container stack
+	docker-compose up --build
+
+docker-down: ## Stop the container stack
+	docker-compose down
+
+clean: ## Remove what was built
+	rm -rf bin coverage.out coverage.html
