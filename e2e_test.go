@@ -89,6 +89,7 @@ func requireBenchmark(t testing.TB, running *process) {
 		require.Contains(t, out, `"`+test+`","`)
 	}
 	require.NotContains(t, strings.ToLower(out), "error")
+	t.Log(time.Now().Format("05.000"), out)
 }
 
 var redisConnectionsLine = regexp.MustCompile(`total_connections_received:(\d+)`)
@@ -181,6 +182,7 @@ func (pg postgres) requireBench(t testing.TB, port string, args ...string) {
 	require.NoError(t, err)
 	require.Contains(t, out, fmt.Sprintf("actually processed: %d/%d\n", 8*each, 8*each))
 	require.NotContains(t, strings.ToLower(out), "error")
+	t.Log(time.Now().Format("05.000"), out)
 }
 
 // whoAnswers connects n times and returns the ports of the servers it met.
