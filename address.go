@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path"
 	"strconv"
 	"strings"
 
@@ -30,18 +31,21 @@ func parseTarget(address string) (target, error) {
 	}
 	network, host, port, err := caddy.SplitNetworkAddress(address)
 	switch {
+	case strings.HasPrefix(address, "/"):
+		return target{}, errors.New("want host:port, or unix//path for a Unix socket")
 	case err != nil:
 		return target{}, fmt.Errorf("want host:port: %w", err)
 	case network == "unix":
 		if host == "" {
 			return target{}, errors.New("want unix//path, the path is missing")
 		}
+		host = path.Clean(host)
 		return target{unix: host, text: "unix/" + host}, nil
 	case network != "" && network != "tcp":
 		return target{}, fmt.Errorf("network %q is not supported, want host:port or unix//path", network)
 	case port == "":
 		return target{}, errors.New("want host:port, the port is missing or an IPv6 address lacks its brackets")
-	case strings.Contains(port, "-"):
+	case strings.Index(port, "-") > 0:
 		return target{}, errors.New("a port range is not supported, list each port as a backend")
 	case host == "":
 		return target{}, errors.New("want host:port, the host is missing")
@@ -52,9 +56,9 @@ func parseTarget(address string) (target, error) {
 	if err != nil || n == 0 {
 		return target{}, fmt.Errorf("port %q is not a number from 1 to 65535", port)
 	}
-	t := target{host: host, port: uint16(n)}
+	t := target{host: strings.ToLower(host), port: uint16(n)}
 	if ip, err := netip.ParseAddr(host); err == nil {
-		t.literal = ip
+		t.literal = ip.Unmap()
 	} else if strings.Contains(host, ":") {
 		return target{}, fmt.Errorf("%q is not an IPv6 address", host)
 	}

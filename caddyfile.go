@@ -322,10 +322,7 @@ func (p *parser) checkIntervals() error {
 	if p.fastInterval == nil {
 		return nil
 	}
-	a := p.h.HealthChecks.Active
-	interval := a.Interval
-	setDefault(&interval, caddy.Duration(defaultInterval))
-	if err := checkFastInterval("health_fast_interval", a.FastInterval, interval); err != nil {
+	if err := checkFastInterval("health_fast_interval", *p.h.HealthChecks.Active); err != nil {
 		return p.fastInterval.WrapErr(err)
 	}
 	return nil

@@ -202,10 +202,12 @@ func TestChecksFindDownAndUp(t *testing.T) {
 func TestFirstCheckDecidesAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
+		f.latency = time.Second
 		f.fail(one, errRefused)
 		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
 		require.True(t, g.members[0].Backend.Available(), "a backend starts up")
+		time.Sleep(time.Second)
 		synctest.Wait()
 		require.False(t, g.members[0].Backend.Available())
 		g.stop()

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -131,8 +132,10 @@ func TestFailedLoadChangesNothing(t *testing.T) {
 		"provision": lbConfig(lb, backendsJSON(a.address, b.address)+`,"max_connections":-1}`),
 		"another handler's provision": layer4Config(fmt.Sprintf(`"srv":{"listen":[%q],"routes":[{"handle":[%s]},{"handle":[{"handler":"nonesuch"}]}]}`,
 			lb, withHandler(backendsJSON(b.address)+"}"))),
-		"start": layer4Config(fmt.Sprintf(`"srv":{"listen":[%q],"routes":[{"handle":[%s]}]},"zz":{"listen":[%q],"routes":[]}`,
-			lb, withHandler(backendsJSON(a.address, b.address)+`,"drain_timeout":"0s"}`), "unix//nonexistent/dir/socket")),
+		// Apps start in no fixed order, and those that did are stopped again.
+		"start of another app": strings.Replace(
+			lbConfig(lb, backendsJSON(a.address, b.address)+`,"drain_timeout":"0s"}`),
+			`"apps":{`, `"apps":{"http":{"servers":{"srv":{"listen":["unix//nonexistent/socket"]}}},`, 1),
 	} {
 		t.Run(name, func(t *testing.T) {
 			require.Error(t, caddy.Load([]byte(config), true))

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -29,8 +30,10 @@ const (
 	defaultDrainTimeout = 30 * time.Second
 
 	maxWeight  = 256
-	maxRetries = 1000
+	maxRetries = 100
 	maxCounts  = 1000
+
+	maxDuration = 365 * 24 * time.Hour
 )
 
 var defaultPolicy = json.RawMessage(`{"policy":"round_robin"}`)
@@ -91,7 +94,7 @@ func (h *Handler) check() error {
 		checkDuration("load_balancing.try_interval", lb.TryInterval, time.Millisecond),
 		checkDuration("health_checks.active.interval", a.Interval, time.Millisecond),
 		checkDuration("health_checks.active.fast_interval", a.FastInterval, time.Millisecond),
-		checkFastInterval("health_checks.active.fast_interval", a.FastInterval, a.Interval),
+		checkFastInterval("health_checks.active.fast_interval", *a),
 		checkDuration("health_checks.active.timeout", a.Timeout, time.Millisecond),
 		checkRange("health_checks.active.passes", a.Passes, 1, maxCounts),
 		checkRange("health_checks.active.fails", a.Fails, 1, maxCounts),
@@ -151,13 +154,17 @@ func checkDuration(option string, d caddy.Duration, low time.Duration) error {
 		return fmt.Errorf("%s %s: want a duration that is not negative", option, time.Duration(d))
 	case time.Duration(d) < low:
 		return fmt.Errorf("%s %s: want a duration of at least %s", option, time.Duration(d), low)
+	case time.Duration(d) > maxDuration:
+		return fmt.Errorf("%s %s: want a duration of at most %s", option, time.Duration(d), maxDuration)
 	}
 	return nil
 }
 
-func checkFastInterval(option string, fast, interval caddy.Duration) error {
-	if fast > interval {
-		return fmt.Errorf("%s %s: may not exceed the interval, %s", option, time.Duration(fast), time.Duration(interval))
+// checkFastInterval compares the two intervals, where they are used at all.
+func checkFastInterval(option string, a ActiveHealthChecks) error {
+	setDefault(&a.Interval, caddy.Duration(defaultInterval))
+	if !a.Disabled && a.FastInterval > a.Interval {
+		return fmt.Errorf("%s %s: may not exceed the interval, %s", option, time.Duration(a.FastInterval), time.Duration(a.Interval))
 	}
 	return nil
 }
@@ -172,11 +179,15 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tcp_lb %q: loading the selection policy: %w", h.Name, err)
 	}
+	selection, ok := policy.(SelectionPolicy)
+	if !ok {
+		return nil, fmt.Errorf("tcp_lb %q: module %T is not a selection policy", h.Name, policy)
+	}
 	a := h.HealthChecks.Active
 	g := &generation{
 		name:        h.Name,
 		fingerprint: fingerprint,
-		policy:      policy.(SelectionPolicy),
+		policy:      selection,
 		retries:     *h.LoadBalancing.Retries,
 		tryDuration: time.Duration(h.LoadBalancing.TryDuration),
 		tryInterval: time.Duration(h.LoadBalancing.TryInterval),
@@ -210,8 +221,18 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 	return g, nil
 }
 
-// fingerprint is equal for two handlers of the same settings only.
+// fingerprint is equal for two handlers of the same settings only, however
+// their addresses are spelled.
 func (h *Handler) fingerprint() (string, error) {
-	b, err := json.Marshal(h)
+	canonical := *h
+	canonical.Backends = slices.Clone(h.Backends)
+	for i, b := range canonical.Backends {
+		t, err := parseTarget(b.Address)
+		if err != nil {
+			return "", err
+		}
+		canonical.Backends[i].Address = t.String()
+	}
+	b, err := json.Marshal(canonical)
 	return string(b), err
 }

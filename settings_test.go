@@ -365,3 +365,15 @@ func TestRefusedLoadLeavesNothing(t *testing.T) {
 			lbAt("bad", freeAddress(t), `{"name":"bad"}`))), true))
 	require.Empty(t, registry.snapshot())
 }
+
+func TestFingerprintIgnoresSpelling(t *testing.T) {
+	fingerprint := func(addresses ...string) string {
+		h := &Handler{Backends: backendList(addresses...)}
+		require.NoError(t, h.fill())
+		f, err := h.fingerprint()
+		require.NoError(t, err)
+		return f
+	}
+	require.Equal(t, fingerprint("[::1]:80", "HOST:80"), fingerprint("[0:0::1]:80", "host:80"))
+	require.NotEqual(t, fingerprint("a:80", "b:80"), fingerprint("b:80", "a:80"))
+}
