@@ -305,7 +305,7 @@ func TestExit(t *testing.T) {
 		"caddy stop": func(t *testing.T, c *child) { c.stopByAdmin(t, admin) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			config := strings.Replace(adminConfig(admin, web, lb, `"name":"web","drain_timeout":"2s",`+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1)
+			config := strings.Replace(adminConfig(admin, web, lb, `"name":"web","drain_timeout":"5s",`+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1)
 			c := startChild(t, config)
 			eventually(t, func() bool { conn, err := net.Dial("tcp", lb); closeConn(conn); return err == nil }, "listening")
 			ends, stays := dialClient(t, lb), dialClient(t, lb)

@@ -39,9 +39,38 @@ func routeConfig(listen, before, match, handler, apps string) string {
 	return c
 }
 
-// certificate writes a self-signed certificate for 127.0.0.1 and returns the
-// tls app that loads it, and the pool that trusts it.
-func certificate(t *testing.T) (app string, roots *x509.CertPool) {
+// Without terminating TLS, connections go by server name to different pools.
+func TestTLSPassthroughBySNI(t *testing.T) {
+	cert := selfSigned(t)
+	backend := func(name string) string {
+		return startServer(t, "", func(c *net.TCPConn) {
+			secure := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert}})
+			_, _ = io.WriteString(secure, name)
+			_ = secure.Close()
+		}).address
+	}
+	lb := freeAddress(t)
+	route := func(name string) string {
+		return fmt.Sprintf(`{"match":[{"tls":{"sni":["%s.test"]}}],"handle":[%s]}`,
+			name, withHandler(fmt.Sprintf(`"name":%q,%s}`, name, backendsJSON(backend(name)))))
+	}
+	runCaddy(t, layer4Config(fmt.Sprintf(`"srv":{"listen":[%q],"routes":[%s,%s]}`, lb, route("shop"), route("api"))))
+	for _, name := range []string{"api", "shop", "api"} {
+		c, err := tls.Dial("tcp", lb, &tls.Config{ServerName: name + ".test", InsecureSkipVerify: true})
+		require.NoError(t, err)
+		_ = c.SetDeadline(time.Now().Add(hangTimeout))
+		got, err := io.ReadAll(c)
+		require.NoError(t, err)
+		require.Equal(t, name, string(got))
+		require.NoError(t, c.Close())
+	}
+	requireBooksBalance(t, 3)
+	require.EqualValues(t, 2, metric(t, "connections_total", labels("lb", "api")))
+	require.EqualValues(t, 1, metric(t, "connections_total", labels("lb", "shop")))
+}
+
+// selfSigned makes a certificate for lb.test and 127.0.0.1.
+func selfSigned(t *testing.T) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
@@ -52,13 +81,21 @@ func certificate(t *testing.T) (app string, roots *x509.CertPool) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	require.NoError(t, err)
-	keyDER, err := x509.MarshalECPrivateKey(key)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// certificate returns a tls app that loads a self-signed certificate, and the
+// pool that trusts it.
+func certificate(t *testing.T) (app string, roots *x509.CertPool) {
+	t.Helper()
+	made := selfSigned(t)
+	keyDER, err := x509.MarshalPKCS8PrivateKey(made.PrivateKey)
 	require.NoError(t, err)
-	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: made.Certificate[0]})
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	require.NoError(t, os.WriteFile(certFile, cert, 0o600))
-	require.NoError(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}), 0o600))
+	require.NoError(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600))
 	roots = x509.NewCertPool()
 	roots.AppendCertsFromPEM(cert)
 	return fmt.Sprintf(`"tls":{"certificates":{"load_files":[{"certificate":%q,"key":%q}]}}`, certFile, keyFile), roots
