@@ -9,7 +9,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,38 +19,39 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// requireServersEnv makes a missing server program a failure, where it would
-// else skip the test.
-const requireServersEnv = "TCPLB_REQUIRE_SERVERS"
-
 func TestRedisPair(t *testing.T) {
-	path := requirePrograms(t, "", "apt-get install redis-server redis-tools", "redis-server", "redis-cli", "redis-benchmark")
+	requirePrograms(t, "", "redis-server redis-tools", "redis-server", "redis-cli", "redis-benchmark")
 	cli := func(port string, args ...string) command {
-		return command{path: path["redis-cli"], args: append([]string{"-h", "127.0.0.1", "-p", port}, args...)}
+		return command{name: "redis-cli", args: append([]string{"-h", "127.0.0.1", "-p", port}, args...)}
 	}
 	p := newPair(t, func(s *realServer) {
-		s.command = command{path: path["redis-server"], args: []string{
+		s.command = command{name: "redis-server", args: []string{
 			"--bind", "127.0.0.1", "--port", s.port(), "--dir", t.TempDir(), "--save", "", "--appendonly", "no",
 		}}
 		s.ready = cli(s.port(), "ping")
 	})
-	accepted := func(s *realServer) int { return redisAccepted(t, cli(s.port(), "info", "stats")) }
+	// accepted asks a server how many connections that was, this one included.
+	accepted := func(s *realServer) (n int) {
+		_, after, _ := strings.Cut(cli(s.port(), "info", "stats").run(t), "total_connections_received:")
+		_, err := fmt.Sscan(after, &n)
+		require.NoError(t, err)
+		return n
+	}
 	// -k 1 keeps its connections, -k 0 makes one for each request.
 	bench := func(keep, requests string) command {
-		return command{path: path["redis-benchmark"], args: []string{
+		return command{name: "redis-benchmark", args: []string{
 			"-h", "127.0.0.1", "-p", portOf(p.lb), "--csv", "-c", "50", "-t", "ping_mbulk,set,get", "-k", keep, "-n", requests,
 		}}
 	}
-	newEach, kept := bench("0", "2000"), bench("1", "10000")
 	work := func() {
-		requireBenchmark(t, newEach.begin(t))
-		requireBenchmark(t, kept.begin(t))
+		requireBenchmark(t, bench("0", "2000").begin(t))
+		requireBenchmark(t, bench("1", "10000").begin(t))
 	}
 
 	before := []int{accepted(p.servers[0]), accepted(p.servers[1])}
 	p.requireBoth(work)
 	for i, s := range p.servers {
-		asked := 0 // each question is a connection, too
+		asked := 0
 		eventually(t, func() bool {
 			asked++
 			return accepted(s)-before[i] == int(s.connections(t))+asked
@@ -58,7 +59,7 @@ func TestRedisPair(t *testing.T) {
 	}
 
 	p.requireOutage(work, func() {
-		running := newEach.begin(t)
+		running := bench("0", "2000").begin(t)
 		opened := metric(t, "connections_total", nil)
 		eventually(t, func() bool { return metric(t, "connections_total", nil) > opened+100 }, "load")
 		p.servers[1].start(t) // under load
@@ -74,103 +75,88 @@ func requireBenchmark(t testing.TB, running *process) {
 	t.Helper()
 	out, err := running.wait()
 	require.NoError(t, err, out)
-	for _, test := range []string{"PING_MBULK", "SET", "GET"} {
-		require.Contains(t, out, `"`+test+`","`)
-	}
+	require.Regexp(t, `(?s)"PING_MBULK",".*"SET",".*"GET","`, out)
 	require.NotContains(t, strings.ToLower(out), "error")
 }
 
-var redisAcceptedLine = regexp.MustCompile(`total_connections_received:(\d+)`)
-
-// redisAccepted returns how many connections a server says it accepted.
-func redisAccepted(t testing.TB, info command) int {
-	t.Helper()
-	out := info.run(t)
-	m := redisAcceptedLine.FindStringSubmatch(out)
-	require.NotNil(t, m, out)
-	n, err := strconv.Atoi(m[1])
-	require.NoError(t, err)
-	return n
-}
-
 func TestPostgreSQLPair(t *testing.T) {
-	path := requirePrograms(t, "/usr/lib/postgresql/*/bin", "apt-get install postgresql postgresql-contrib",
-		"initdb", "postgres", "pgbench", "psql")
-	pg := postgres{path: path, as: unprivileged(t)}
-	p := newPair(t, func(s *realServer) { pg.prepare(t, s) })
+	requirePrograms(t, "/usr/lib/postgresql/*/bin", "postgresql postgresql-contrib", "initdb", "postgres", "pgbench", "psql")
+	as := unprivileged(t)
+	p := newPair(t, func(s *realServer) { preparePostgres(t, s, as) })
 	for _, s := range p.servers {
-		pg.client("pgbench", s.port(), "-i", "-q").run(t)
+		pgClient("pgbench", s.port(), "-i", "-q").run(t)
 	}
 	port, only := portOf(p.lb), p.servers[0].port()
 	both := []string{only, p.servers[1].port()}
 	work := func() {
-		pg.requireBench(t, port, 60, "-C") // a new connection for each transaction
-		pg.requireBench(t, port, 500)
+		requirePgbench(t, port, 60, "-C") // a new connection for each transaction
+		requirePgbench(t, port, 500)
 	}
 
 	p.requireBoth(work)
-	require.ElementsMatch(t, both, pg.whoAnswers(t, port, 2))
+	require.ElementsMatch(t, both, whoAnswers(t, port, 2))
 	// PostgreSQL listens some time before it serves, so it comes back to no load.
 	p.requireOutage(work, func() { p.servers[1].start(t) })
-	require.ElementsMatch(t, both, pg.whoAnswers(t, port, 2))
+	require.ElementsMatch(t, both, whoAnswers(t, port, 2))
 
 	// A transaction dies with its server, and pgbench's client with it, but new
 	// connections are served as soon as the server no longer listens.
 	served := p.servers[1].connections(t)
-	running := pg.client("pgbench", port, "-n", "-S", "-C", "-c", "8", "-T", "3").begin(t)
-	eventually(t, func() bool { return p.servers[1].connections(t) > served+20 }, "load")
-	p.servers[1].stop(t)
-	require.Equal(t, []string{only, only, only, only}, pg.whoAnswers(t, port, 4))
+	running := pgClient("pgbench", port, "-n", "-S", "-C", "-c", "8", "-T", "3").begin(t)
+	eventually(t, func() bool { return p.servers[1].connections(t) > served+10 }, "load")
+	_, err := p.servers[1].running.end()
+	require.NoError(t, err)
+	require.Equal(t, []string{only, only, only, only}, whoAnswers(t, port, 4))
 	out, err := running.wait()
 	t.Logf("pgbench over the stop: %v\n%s", err, out)
-	p.eventuallyHealthy(p.servers[1], false)
+	p.eventuallyHealthy(p.servers[1], 0)
 	work()
 	p.requireBooks()
 }
 
-// postgres makes servers and clients of it.
-type postgres struct {
-	path map[string]string
-	as   *syscall.Credential // nil: who runs the test
-}
-
-func (pg postgres) prepare(t testing.TB, s *realServer) {
+// preparePostgres makes a server's data directory and says how to run it.
+func preparePostgres(t testing.TB, s *realServer, as *syscall.Credential) {
 	t.Helper()
-	dir := ownedDir(t, pg.as)
-	initdb := command{path: pg.path["initdb"], dir: dir, as: pg.as, args: []string{
+	dir, err := os.MkdirTemp("", "tcplb") // t.TempDir is for the test's user only
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	if as != nil {
+		require.NoError(t, os.Chown(dir, int(as.Uid), int(as.Gid)))
+	}
+	initdb := command{name: "initdb", dir: dir, as: as, args: []string{
 		"-D", dir + "/data", "-U", "postgres", "-A", "trust", "-N", "--locale=C", "-E", "UTF8",
 	}}
 	initdb.run(t)
-	s.command = command{path: pg.path["postgres"], dir: dir, as: pg.as, args: []string{
+	s.command = command{name: "postgres", dir: dir, as: as, args: []string{
 		"-D", dir + "/data", "-p", s.port(), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off",
 	}}
 	s.command.stop = syscall.SIGINT // "fast": ends the sessions
-	s.ready = pg.client("psql", s.port(), "-c", "select 1")
+	s.ready = pgClient("psql", s.port(), "-c", "select 1")
 }
 
-func (pg postgres) client(program, port string, args ...string) command {
+func pgClient(program, port string, args ...string) command {
 	return command{
-		path: pg.path[program],
+		name: program,
 		args: append(args, "-h", "127.0.0.1", "-p", port, "-U", "postgres", "postgres"),
 		env:  []string{"PGSSLMODE=disable", "PGGSSENCMODE=disable"},
 	}
 }
 
-// requireBench runs pgbench with 8 clients of so many transactions each, and
+// requirePgbench runs pgbench with 8 clients of so many transactions each, and
 // checks that all were served.
-func (pg postgres) requireBench(t testing.TB, port string, each int, args ...string) {
+func requirePgbench(t testing.TB, port string, each int, args ...string) {
 	t.Helper()
-	out := pg.client("pgbench", port, append(args, "-n", "-S", "-c", "8", "-t", strconv.Itoa(each))...).run(t)
+	out := pgClient("pgbench", port, append(args, "-n", "-S", "-c", "8", "-t", strconv.Itoa(each))...).run(t)
 	require.Contains(t, out, fmt.Sprintf("actually processed: %d/%d\n", 8*each, 8*each))
 	require.NotContains(t, strings.ToLower(out), "error")
 }
 
 // whoAnswers connects n times and returns the ports of the servers it met.
-func (pg postgres) whoAnswers(t testing.TB, port string, n int) []string {
+func whoAnswers(t testing.TB, port string, n int) []string {
 	t.Helper()
 	var ports []string
 	for range n {
-		ports = append(ports, strings.TrimSpace(pg.client("psql", port, "-A", "-t", "-X", "-c", "select inet_server_port()").run(t)))
+		ports = append(ports, strings.TrimSpace(pgClient("psql", port, "-A", "-t", "-X", "-c", "select inet_server_port()").run(t)))
 	}
 	return ports
 }
@@ -209,12 +195,10 @@ func (p *pair) requireBoth(work func()) {
 	p.t.Helper()
 	a, b := p.servers[0].connections(p.t), p.servers[1].connections(p.t)
 	work()
-	var gotA, gotB float64
 	eventually(p.t, func() bool {
-		gotA, gotB = p.servers[0].connections(p.t)-a, p.servers[1].connections(p.t)-b
+		gotA, gotB := p.servers[0].connections(p.t)-a, p.servers[1].connections(p.t)-b
 		return gotA > 100 && gotA-gotB <= 1 && gotB-gotA <= 1
 	}, "an even share for both")
-	p.t.Logf("connections: %v and %v", gotA, gotB)
 }
 
 // requireOutage stops the second server while nothing is open, so that nothing
@@ -224,30 +208,29 @@ func (p *pair) requireOutage(work, back func()) {
 	t, left, lost := p.t, p.servers[0], p.servers[1]
 	t.Helper()
 	p.eventuallyIdle()
-	lost.stop(t)
-	require.EqualValues(t, 1, metric(t, "backend_healthy", labels("backend", lost.address)), "nobody knows yet")
+	_, err := lost.running.end()
+	require.NoError(t, err)
+	require.EqualValues(t, 1, lost.metric(t, "backend_healthy"), "nobody knows yet")
 	a, b := left.connections(t), lost.connections(t)
 	work()
-	p.eventuallyHealthy(lost, false)
+	p.eventuallyHealthy(lost, 0)
 	require.Equal(t, b, lost.connections(t), "a stopped server gets no connection")
 	require.Greater(t, left.connections(t), a+100, "the other takes all")
-	require.NotZero(t, metric(t, "connection_errors_total", labels("backend", lost.address, "error_type", "dial_refused")))
-	require.NotZero(t, metric(t, "retries_total", labels("backend", lost.address)))
-	require.EqualValues(t, 1, metric(t, "health_transitions_total", labels("backend", lost.address, "to", "down")))
+	require.NotZero(t, lost.metric(t, "connection_errors_total", "error_type", "dial_refused"))
+	require.NotZero(t, lost.metric(t, "retries_total"))
+	require.EqualValues(t, 1, lost.metric(t, "health_transitions_total", "to", "down"))
 
 	reload(t, p.config("100ms"))
 	back()
-	p.eventuallyHealthy(lost, true)
+	p.eventuallyHealthy(lost, 1)
 	p.eventuallyIdle()
-	require.EqualValues(t, 1, metric(t, "health_transitions_total", labels("backend", lost.address, "to", "up")))
+	require.EqualValues(t, 1, lost.metric(t, "health_transitions_total", "to", "up"))
 	p.requireBoth(work)
 }
 
-func (p *pair) eventuallyHealthy(s *realServer, want bool) {
+func (p *pair) eventuallyHealthy(s *realServer, want float64) {
 	p.t.Helper()
-	eventually(p.t, func() bool {
-		return (metric(p.t, "backend_healthy", labels("backend", s.address)) == 1) == want
-	}, "%s healthy: %v", s.address, want)
+	eventually(p.t, func() bool { return s.metric(p.t, "backend_healthy") == want }, "%s healthy: %v", s.address, want)
 }
 
 // eventuallyIdle waits until no connection is being handled.
@@ -263,17 +246,16 @@ func (p *pair) requireBooks() {
 	t.Helper()
 	p.eventuallyIdle()
 	for _, s := range p.servers {
-		opened, of := s.connections(t), labels("backend", s.address)
-		require.Equal(t, opened, metric(t, "connections_closed_total", of)+metric(t, "connections_active", of))
-		require.Equal(t, opened, metric(t, "connection_duration_seconds", of))
-		require.Equal(t, opened, metric(t, "dial_duration_seconds", of))
-		require.NotZero(t, metric(t, "received_bytes_total", of))
-		require.NotZero(t, metric(t, "sent_bytes_total", of))
+		opened := s.connections(t)
+		require.Equal(t, opened, s.metric(t, "connections_closed_total")+s.metric(t, "connections_active"))
+		require.Equal(t, opened, s.metric(t, "connection_duration_seconds"))
+		require.Equal(t, opened, s.metric(t, "dial_duration_seconds"))
+		require.NotZero(t, s.metric(t, "received_bytes_total"))
+		require.NotZero(t, s.metric(t, "sent_bytes_total"))
 	}
 	require.Zero(t, metric(t, "connection_errors_total", labels("backend", "")), "turned away")
 	require.Zero(t, metric(t, "connections_closed_total", labels("reason", "error")))
-	require.EqualValues(t, 1, metric(t, "backend_healthy", labels("backend", p.servers[0].address)))
-	require.Zero(t, metric(t, "health_transitions_total", labels("backend", p.servers[0].address)), "it was never down")
+	require.Zero(t, p.servers[0].metric(t, "health_transitions_total"), "it was never down")
 }
 
 // realServer is a server program at an address.
@@ -285,39 +267,36 @@ type realServer struct {
 }
 
 func (s *realServer) port() string { return portOf(s.address) }
-
 func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 
-// connections returns how many the balancer has opened to the server.
-func (s *realServer) connections(t testing.TB) float64 {
+// metric returns what the balancer says of the server.
+func (s *realServer) metric(t testing.TB, name string, pairs ...string) float64 {
 	t.Helper()
-	return metric(t, "connections_total", labels("backend", s.address))
+	return metric(t, name, labels(append(pairs, "backend", s.address)...))
 }
+
+// connections returns how many the balancer has opened to the server.
+func (s *realServer) connections(t testing.TB) float64 { return s.metric(t, "connections_total") }
 
 func (s *realServer) start(t testing.TB) {
 	t.Helper()
-	s.running = s.command.begin(t)
+	running := s.command.begin(t)
+	s.running = running
 	t.Cleanup(func() {
 		if t.Failed() {
-			b, _ := os.ReadFile(s.running.output)
-			t.Logf("%s:\n%s", s.running, b)
+			b, _ := os.ReadFile(running.output)
+			t.Logf("%s:\n%s", running, b)
 		}
 	})
 	eventually(t, func() bool {
 		_, err := s.ready.begin(t).wait()
 		return err == nil
-	}, "%s at %s serves", filepath.Base(s.command.path), s.address)
-}
-
-func (s *realServer) stop(t testing.TB) {
-	t.Helper()
-	out, err := s.running.end()
-	require.NoError(t, err, out)
+	}, "%s at %s serves", s.command.name, s.address)
 }
 
 // command is a program to run.
 type command struct {
-	path string
+	name string
 	args []string
 	dir  string
 	env  []string            // more of it
@@ -339,7 +318,7 @@ func (c command) begin(t testing.TB) *process {
 	out, err := os.Create(filepath.Join(t.TempDir(), "output"))
 	require.NoError(t, err)
 	defer out.Close()
-	p := &process{Cmd: exec.Command(c.path, c.args...), stop: c.stop, output: out.Name()}
+	p := &process{Cmd: exec.Command(c.name, c.args...), stop: c.stop, output: out.Name()}
 	setDefault(&p.stop, syscall.SIGTERM)
 	p.Dir, p.Env, p.Stdout, p.Stderr = c.dir, append(os.Environ(), c.env...), out, out
 	p.SysProcAttr = &syscall.SysProcAttr{Credential: c.as}
@@ -377,31 +356,24 @@ func (p *process) wait() (output string, err error) {
 	return string(b), errors.Join(err, readErr)
 }
 
-// requirePrograms finds the programs in the last directory that the pattern
-// matches, or in the PATH. Without them it skips the test.
-func requirePrograms(t testing.TB, pattern, install string, names ...string) map[string]string {
+// requirePrograms puts the directories that the pattern matches, the newest
+// first, before the PATH, and skips the test where a program is in none.
+func requirePrograms(t testing.TB, pattern, packages string, names ...string) {
 	t.Helper()
 	dirs, _ := filepath.Glob(pattern)
-	path := make(map[string]string)
+	slices.Reverse(dirs)
+	t.Setenv("PATH", strings.Join(append(dirs, os.Getenv("PATH")), string(filepath.ListSeparator)))
 	for _, name := range names {
-		file, err := exec.LookPath(name)
-		for _, dir := range dirs {
-			if found, inDirErr := exec.LookPath(filepath.Join(dir, name)); inDirErr == nil {
-				file, err = found, nil
-			}
+		if _, err := exec.LookPath(name); err != nil {
+			skipWithout(t, name+" (Debian: apt-get install "+packages+")")
 		}
-		if err != nil {
-			skipWithout(t, name+" (Debian: "+install+")")
-		}
-		path[name] = file
 	}
-	return path
 }
 
 func skipWithout(t testing.TB, what string) {
 	t.Helper()
-	if os.Getenv(requireServersEnv) != "" {
-		t.Fatalf("%s is set, but this is missing: %s", requireServersEnv, what)
+	if os.Getenv("TCPLB_REQUIRE_SERVERS") != "" {
+		t.Fatalf("TCPLB_REQUIRE_SERVERS is set, but this is missing: %s", what)
 	}
 	t.Skipf("not checked with real servers, as this is missing: %s", what)
 }
@@ -415,24 +387,12 @@ func unprivileged(t testing.TB) *syscall.Credential {
 	}
 	for _, name := range []string{"postgres", "nobody"} {
 		if u, err := user.Lookup(name); err == nil {
-			uid, uidErr := strconv.ParseUint(u.Uid, 10, 32)
-			gid, gidErr := strconv.ParseUint(u.Gid, 10, 32)
-			require.NoError(t, errors.Join(uidErr, gidErr))
-			return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+			c := new(syscall.Credential)
+			_, err := fmt.Sscan(u.Uid+" "+u.Gid, &c.Uid, &c.Gid)
+			require.NoError(t, err)
+			return c
 		}
 	}
 	skipWithout(t, "a user postgres or nobody, as the server doesn't run as root")
 	return nil
-}
-
-// ownedDir makes a directory that the user owns and can reach.
-func ownedDir(t testing.TB, as *syscall.Credential) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "tcplb")
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
-	if as != nil {
-		require.NoError(t, os.Chown(dir, int(as.Uid), int(as.Gid)))
-	}
-	return dir
 }
