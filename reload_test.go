@@ -158,6 +158,7 @@ func TestFailedLoadChangesNothing(t *testing.T) {
 // A handler goes on after its config has ended: for connections that were
 // accepted before and come to it after.
 func TestHandlerAfterItsConfig(t *testing.T) {
+	noPoolsYet(t)
 	s := echoServer(t)
 	f := newFakeNet()
 	g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(s.address) })
