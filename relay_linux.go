@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -45,8 +46,8 @@ type pump struct {
 // run relays until the source ends; see direction.move for its errors.
 func (p *pump) run(d *direction) error {
 	p.d = d
-	dst := bareSocket(d.dst)
-	p.noSplice = dst == nil
+	dst := d.dst.raw
+	p.noSplice = dst == nil        // a wrapper must see the bytes
 	read, drain := p.read, p.drain // bound once: each use would allocate
 	for {
 		if err := d.src.raw.Read(read); err != nil {
@@ -75,18 +76,6 @@ func (p *pump) run(d *direction) error {
 			return err
 		}
 	}
-}
-
-// bareSocket returns what is needed to splice into s, nil if that can't be.
-func bareSocket(s *side) rawWriter {
-	if s.raw == nil {
-		return nil
-	}
-	return s.raw
-}
-
-type rawWriter interface {
-	Write(func(fd uintptr) bool) error
 }
 
 // read is called with the source's descriptor whenever it may be readable, and
@@ -196,7 +185,7 @@ func retry(call func() (int, error)) (int, error) {
 
 // wasReset reports whether a socket whose reads say end of file is in fact
 // closed altogether, as by a reset, and not just by the peer's FIN.
-func wasReset(raw rawController) bool {
+func wasReset(raw syscall.RawConn) bool {
 	closed := false
 	err := raw.Control(func(fd uintptr) {
 		// The first byte of struct tcp_info is the state.
@@ -209,10 +198,6 @@ func wasReset(raw rawController) bool {
 		closed = info[0] == unix.BPF_TCP_CLOSE
 	})
 	return err == nil && closed
-}
-
-type rawController interface {
-	Control(func(fd uintptr)) error
 }
 
 // unsent returns how many bytes written to conn its peer has not acknowledged;
