@@ -258,7 +258,9 @@ func TestFailedConnectTriggersProbes(t *testing.T) {
 func TestChecksAreSpread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
-		const n = 1000
+		// Some hundred goroutines at once in a bubble crash Go 1.26's race
+		// detector (a failed CHECK in tsan_rtl.cpp).
+		const n = 100
 		g, _ := testGeneration(t, f, func(h *Handler) {
 			for i := range n {
 				h.Backends = append(h.Backends, BackendConfig{Address: fmt.Sprintf("10.1.%d.%d:80", i/250, i%250)})
@@ -274,7 +276,7 @@ func TestChecksAreSpread(t *testing.T) {
 			}
 		}
 		for second, count := range perSecond {
-			require.Less(t, count, n/10*2, "second %d", second)
+			require.Less(t, count, n/10*4, "second %d: in step, all would come in one", second)
 		}
 	})
 }
