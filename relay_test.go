@@ -252,6 +252,9 @@ func TestRelayMixedSizes(t *testing.T) {
 		require.NoError(t, <-errs)
 		require.True(t, bytes.Equal(sent, got))
 	}
+	require.NoError(t, r.client.Close())
+	require.NoError(t, r.backend.Close())
+	require.Equal(t, reasonClientClosed, r.reason(t))
 	require.Equal(t, r.received.Load(), r.relay.up.moved)
 }
 
