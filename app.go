@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -14,8 +15,11 @@ func init() {
 }
 
 // App gives the tcp_lb handlers of a config a start and a stop, which layer4
-// handlers don't have: health checks begin when the config runs, not when it is
-// only validated. Handlers bring it in by themselves; it has no options.
+// handlers don't have. Handlers bring it in by themselves; it has no options.
+//
+// What it starts, health checks among it, it starts once all apps of the config
+// run: a config that is only validated, or of which another app can't start,
+// touches nothing, and a backend that this process serves is there by then.
 type App struct {
 	events      *caddyevents.App
 	generations map[string]*generation // by pool name
@@ -37,7 +41,24 @@ func (a *App) Provision(ctx caddy.Context) error {
 	}
 	a.events = events.(*caddyevents.App)
 	a.generations = make(map[string]*generation)
+	if err := a.events.On("started", &starter{app: a}); err != nil {
+		return err
+	}
 	return registerMetrics(ctx)
+}
+
+// starter is called when all apps of the config run.
+type starter struct{ app *App }
+
+// Handle implements caddyevents.Handler.
+func (s *starter) Handle(_ context.Context, e caddy.Event) error {
+	if e.Origin() != nil {
+		return nil // some module's event of the same name, not Caddy's own
+	}
+	for _, g := range s.app.generations {
+		g.start()
+	}
+	return nil
 }
 
 // join returns the generation that serves h, shared by all handlers of the
@@ -58,13 +79,8 @@ func (a *App) join(ctx caddy.Context, h *Handler) (*generation, error) {
 	return g, nil
 }
 
-// Start puts the config's pools to work and starts their health checks.
-func (a *App) Start() error {
-	for _, g := range a.generations {
-		g.start()
-	}
-	return nil
-}
+// Start does nothing: see starter.
+func (a *App) Start() error { return nil }
 
 // Stop takes the config's pools out of work. Connections go on if their backend
 // is in the next config, and for drain_timeout if not.
@@ -75,7 +91,7 @@ func (a *App) Stop() error {
 	return nil
 }
 
-// Cleanup stops what a failed start of the config left behind.
+// Cleanup stops what was started if the config failed after that.
 func (a *App) Cleanup() error { return a.Stop() }
 
 // registerMetrics adds the collector to the config's registry, which several
@@ -91,7 +107,8 @@ func registerMetrics(ctx caddy.Context) error {
 
 // Interface guards
 var (
-	_ caddy.App          = (*App)(nil)
-	_ caddy.Provisioner  = (*App)(nil)
-	_ caddy.CleanerUpper = (*App)(nil)
+	_ caddy.App           = (*App)(nil)
+	_ caddy.Provisioner   = (*App)(nil)
+	_ caddy.CleanerUpper  = (*App)(nil)
+	_ caddyevents.Handler = (*starter)(nil)
 )

@@ -37,7 +37,7 @@ type generation struct {
 	dial   dialFunc
 
 	startOnce, stopOnce sync.Once
-	started             atomic.Bool
+	started             chan struct{} // closed by start
 	stopped             chan struct{} // closed by stop
 
 	// Set by the registry when the generation starts.
@@ -55,13 +55,11 @@ type member struct {
 	weight int
 }
 
-// start brings the generation into its pool. The app does it when the config
-// starts; a connection that comes in before that does it, too, as apps start in
-// no fixed order.
+// start brings the generation into its pool, unless it was stopped before.
 func (g *generation) start() {
 	g.startOnce.Do(func() {
 		registry.start(g)
-		g.started.Store(true)
+		close(g.started)
 	})
 }
 
@@ -71,29 +69,41 @@ func (g *generation) stop() {
 	g.stopOnce.Do(func() {
 		g.startOnce.Do(func() {})
 		close(g.stopped)
-		if g.started.Load() {
+		if isClosed(g.started) {
 			registry.stop(g)
 		}
 	})
 }
 
-// live returns the generation to serve a new connection of g's handler: g, or
-// after its end the one that followed it. It is nil where g never ran, nothing
-// followed it, and yet a listener of its failed config still accepts.
+// live returns the generation to serve a new connection of g's handler. While
+// g runs, that is g. Listeners accept a little earlier, when other apps of the
+// config have yet to start, and a little longer: then it is the generation that
+// runs at the time, and if there is none g as soon as it starts, or g even
+// though it has ended. It is nil if g's config failed.
 func (g *generation) live() *generation {
-	g.start()
+	if isClosed(g.started) && !isClosed(g.stopped) {
+		return g
+	}
+	if newest := registry.newest(g.name); newest != nil {
+		return newest
+	}
 	select {
+	case <-g.started:
 	case <-g.stopped:
+		if !isClosed(g.started) {
+			return nil
+		}
+	}
+	return g
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
 	default:
-		return g
+		return false
 	}
-	if next := registry.newest(g.name); next != nil {
-		return next
-	}
-	if g.started.Load() {
-		return g
-	}
-	return nil
 }
 
 func (g *generation) currentPicker() Picker {

@@ -133,13 +133,10 @@ type server struct {
 	wg       sync.WaitGroup
 }
 
-// startServer listens on a free address, or on the given one.
-func startServer(t testing.TB, address string, handle func(*net.TCPConn)) *server {
+// startServer listens on a free address.
+func startServer(t testing.TB, handle func(*net.TCPConn)) *server {
 	t.Helper()
-	if address == "" {
-		address = freeAddress(t)
-	}
-	s := &server{t: t, address: address, handle: handle, conns: make(map[*net.TCPConn]bool)}
+	s := &server{t: t, address: freeAddress(t), handle: handle, conns: make(map[*net.TCPConn]bool)}
 	s.start()
 	t.Cleanup(s.kill)
 	return s
@@ -151,7 +148,7 @@ func (s *server) start() {
 	require.NoError(s.t, err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ln, s.address = ln, ln.Addr().String()
+	s.ln = ln
 	s.wg.Add(1)
 	go s.serve(ln)
 }
@@ -204,13 +201,13 @@ func (s *server) acceptedCount() int {
 // echoServer sends everything back and passes a half-close on.
 func echoServer(t testing.TB) *server {
 	t.Helper()
-	return startServer(t, "", func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+	return startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
 }
 
 // namedServer sends its name to every client and closes.
 func namedServer(t testing.TB, name string) *server {
 	t.Helper()
-	return startServer(t, "", func(c *net.TCPConn) { _, _ = io.WriteString(c, name) })
+	return startServer(t, func(c *net.TCPConn) { _, _ = io.WriteString(c, name) })
 }
 
 // dialClient connects to the balancer.

@@ -22,7 +22,7 @@ var (
 	descActive           = describe("connections_active", "Connections that are open to the backend.")
 	descErrors           = describe("connection_errors_total", "Failed connects to the backend, and connections refused without one.", "error_type")
 	descClosed           = describe("connections_closed_total", "Connections that ended.", "reason")
-	descDuration         = describe("connection_duration_seconds", "Time from accept to the end of a connection.")
+	descDuration         = describe("connection_duration_seconds", "Time from a connection's reaching tcp_lb to its end.")
 	descDialDuration     = describe("dial_duration_seconds", "Time that successful connects to the backend took.")
 	descRetries          = describe("retries_total", "Connects to another backend after one to this backend failed.")
 	descReceived         = describe("received_bytes_total", "Bytes received from clients and delivered to the backend.")

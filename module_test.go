@@ -143,7 +143,7 @@ func TestKillOneOfThreeUnderLoad(t *testing.T) {
 func TestByteExactBothWaysAtOnce(t *testing.T) {
 	const size = 200 << 20
 	sums := make(chan uint64, 1)
-	s := startServer(t, "", func(c *net.TCPConn) {
+	s := startServer(t, func(c *net.TCPConn) {
 		sent := make(chan struct{})
 		go func() {
 			defer close(sent)
@@ -208,7 +208,7 @@ func (h *hashing) Write(b []byte) (int, error) {
 
 func TestEndsOfConnections(t *testing.T) {
 	// The backend does what the first line of the client says.
-	s := startServer(t, "", func(c *net.TCPConn) {
+	s := startServer(t, func(c *net.TCPConn) {
 		line := make([]byte, 5)
 		if _, err := io.ReadFull(c, line); err != nil {
 			return

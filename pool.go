@@ -95,7 +95,7 @@ func (r *poolRegistry) start(g *generation) {
 
 // stop ends g. Backends that no generation names any more are drained. A
 // generation that was newest hands back to the one before it, as happens when
-// a config fails to start.
+// a config fails after its apps have started.
 func (r *poolRegistry) stop(g *generation) {
 	lastDrain.Store(max(lastDrain.Load(), int64(g.drainTimeout+time.Duration(1+g.retries)*g.dialTimeout)))
 	r.mu.Lock()

@@ -166,9 +166,9 @@ func (p *pump) dropPipe() {
 	p.pipe = nil
 }
 
-func spliceOnce(from, to, max int) (int, error) {
+func spliceOnce(from, to, limit int) (int, error) {
 	return retry(func() (int, error) {
-		n, err := unix.Splice(from, nil, to, nil, max, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+		n, err := unix.Splice(from, nil, to, nil, limit, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
 		return int(n), err
 	})
 }

@@ -1,11 +1,14 @@
 package tcplb
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -181,4 +184,80 @@ func TestHandlerAfterItsConfig(t *testing.T) {
 	never, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(s.address) })
 	never.stop()
 	require.Nil(t, never.live(), "a config that never ran serves nothing")
+}
+
+// A listener accepts before all apps of its config have started.
+func TestHandlerBeforeItsConfigRuns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		noPoolsYet(t)
+		f := newFakeNet()
+		backend := func(h *Handler) { h.Backends = backendList("a:1") }
+		serving := func(g *generation) chan *generation {
+			answer := make(chan *generation, 1)
+			go func() { answer <- g.live() }()
+			synctest.Wait()
+			return answer
+		}
+
+		first, _ := testGeneration(t, f, backend)
+		answer := serving(first)
+		require.Empty(t, answer, "it waits for the start")
+		require.Empty(t, registry.snapshot())
+		first.start()
+		require.Same(t, first, <-answer)
+
+		second, _ := testGeneration(t, f, backend)
+		require.Same(t, first, <-serving(second), "the running one serves meanwhile")
+		second.start()
+		require.Same(t, second, <-serving(second))
+		require.Same(t, first, <-serving(first), "until it is stopped")
+		first.stop()
+		require.Same(t, second, <-serving(first))
+		second.stop()
+
+		failed, _ := testGeneration(t, f, backend)
+		answer = serving(failed)
+		failed.stop()
+		require.Nil(t, <-answer)
+	})
+}
+
+// startWatcher is an app that looks, when it is started, at what has begun.
+type startWatcher struct{}
+
+var seenAtStart struct {
+	pools atomic.Int64
+	fail  atomic.Bool
+}
+
+func (startWatcher) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "tcp_lb_test_start_watcher", New: func() caddy.Module { return new(startWatcher) }}
+}
+
+func (startWatcher) Start() error {
+	seenAtStart.pools.Add(int64(len(registry.snapshot())))
+	if seenAtStart.fail.Load() {
+		return errors.New("fails as told")
+	}
+	return nil
+}
+
+func (startWatcher) Stop() error { return nil }
+
+func init() { caddy.RegisterModule(startWatcher{}) }
+
+func watchStart(config string) string {
+	return strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb_test_start_watcher":{},`, 1)
+}
+
+// Apps start in no fixed order; a backend may be one that another app serves.
+func TestNothingBeginsBeforeAllAppsRun(t *testing.T) {
+	s := namedServer(t, "a")
+	for range 10 {
+		noPoolsYet(t)
+		runCaddy(t, watchStart(lbConfig(freeAddress(t), backendsJSON(s.address)+"}")))
+		require.Len(t, registry.snapshot(), 1)
+		require.NoError(t, caddy.Stop())
+	}
+	require.Zero(t, seenAtStart.pools.Swap(0))
 }

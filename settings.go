@@ -208,6 +208,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		ctx:          ctx,
 		logger:       ctx.Logger(),
 		dial:         dialTarget,
+		started:      make(chan struct{}),
 		stopped:      make(chan struct{}),
 	}
 	g.access = g.logger.Named("access")

@@ -329,7 +329,7 @@ func (provisionHook) Handle(*layer4.Connection, layer4.Handler) error { return n
 
 func TestValidateConnectsNowhere(t *testing.T) {
 	noPoolsYet(t)
-	s := startServer(t, "", func(*net.TCPConn) {})
+	s := startServer(t, func(*net.TCPConn) {})
 	handler := `{"health_checks":{"active":{"interval":"10ms","fast_interval":"1ms"}},` + backendsJSON(s.address) + `}`
 	listen := freeAddress(t)
 	provisioned := 0

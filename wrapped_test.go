@@ -43,7 +43,7 @@ func routeConfig(listen, before, match, handler, apps string) string {
 func TestTLSPassthroughBySNI(t *testing.T) {
 	cert := selfSigned(t)
 	backend := func(name string) string {
-		return startServer(t, "", func(c *net.TCPConn) {
+		return startServer(t, func(c *net.TCPConn) {
 			secure := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert}})
 			_, _ = io.WriteString(secure, name)
 			_ = secure.Close()
@@ -103,7 +103,7 @@ func certificate(t *testing.T) (app string, roots *x509.CertPool) {
 
 func TestTLSInFront(t *testing.T) {
 	app, roots := certificate(t)
-	s := startServer(t, "", func(c *net.TCPConn) {
+	s := startServer(t, func(c *net.TCPConn) {
 		b, err := io.ReadAll(c)
 		if err != nil || len(b) == 0 {
 			return
@@ -158,7 +158,7 @@ func TestHalfCloseThroughWrappers(t *testing.T) {
 		"throttle":       {`{"handler":"throttle","read_bytes_per_second":1e9,"read_burst_size":1000000}`, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := startServer(t, "", func(c *net.TCPConn) {
+			s := startServer(t, func(c *net.TCPConn) {
 				b, err := io.ReadAll(c)
 				if err == nil && len(b) > 0 {
 					_, _ = c.Write(bytes.ToUpper(b))
@@ -179,7 +179,7 @@ func TestHalfCloseThroughWrappers(t *testing.T) {
 
 // The FIN of a backend has to reach a client that waits for it, too.
 func TestBackendHalfCloseThroughWrapper(t *testing.T) {
-	s := startServer(t, "", func(c *net.TCPConn) {
+	s := startServer(t, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, "banner")
 		_ = c.CloseWrite()
 		_, _ = io.Copy(io.Discard, c)
