@@ -143,6 +143,11 @@ func (c *checker) run(ctx context.Context) {
 			return
 		}
 		checks := c.settings.Load().checks
+		if isScarcity(err) { // which says nothing of the backend
+			c.backend.setError(err)
+			timer.Reset(checks.fastInterval)
+			continue
+		}
 		c.judge(ctx, err, time.Since(began))
 		pause := checks.interval
 		switch {

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -229,6 +231,28 @@ func TestHangingProbeTimesOut(t *testing.T) {
 		require.False(t, f.overlapped(), "a probe longer than the interval never overlaps the next")
 		require.Len(t, f.times(one), 5, "one each timeout of 2s")
 		g.stop()
+	})
+}
+
+// A probe that fails for want of files here says nothing of the backend.
+func TestScarcityIsNoVerdict(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNet()
+		f.fail(one, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)})
+		g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
+		g.start()
+		b := g.members[0].Backend
+		time.Sleep(5500 * time.Millisecond)
+		require.Len(t, f.times(one), 6, "it is tried again at the fast interval")
+		require.True(t, b.Available())
+		require.Zero(t, b.stats.checksFailed.Load()+b.stats.checksPassed.Load())
+		require.Contains(t, *b.lastError.Load(), "too many open files")
+		f.fail(one, errRefused)
+		time.Sleep(time.Second)
+		require.False(t, b.Available(), "the first result that is one decides alone")
+		require.Equal(t, 1, logs.FilterMessage("backend is down").Len())
+		g.stop()
+		synctest.Wait()
 	})
 }
 

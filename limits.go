@@ -2,8 +2,10 @@ package tcplb
 
 import (
 	"context"
+	"errors"
 	"math"
 	"sync/atomic"
+	"syscall"
 )
 
 // The balancer must never let the process run out of files: caddy-l4 stops
@@ -23,6 +25,7 @@ const (
 type fileBudget struct {
 	limit  int64 // files that connections and pipes may use
 	probes int   // files set apart for probes
+	wall   int64 // file number from which on accepting slows down
 	used   atomic.Int64
 }
 
@@ -31,11 +34,15 @@ type fileBudget struct {
 // endpoint and whatever else Caddy serves.
 func newFileBudget(limit uint64) *fileBudget {
 	if limit == 0 || limit > math.MaxInt32 {
-		return &fileBudget{limit: math.MaxInt32, probes: 64}
+		return &fileBudget{limit: math.MaxInt32, probes: 64, wall: math.MaxInt32}
 	}
 	n := int64(limit)
 	probes, reserve := min(64, max(1, n/8)), min(128, n/4)
-	return &fileBudget{limit: max(filesPerConnection, n-probes-reserve), probes: int(probes)}
+	return &fileBudget{
+		limit:  max(filesPerConnection, n-probes-reserve),
+		probes: int(probes),
+		wall:   n - probes - reserve/4,
+	}
 }
 
 func (f *fileBudget) acquire(n int64) bool {
@@ -47,6 +54,13 @@ func (f *fileBudget) acquire(n int64) bool {
 }
 
 func (f *fileBudget) release(n int64) { f.used.Add(-n) }
+
+// isScarcity reports whether err is a lack of files or memory on this side,
+// and says nothing of the other.
+func isScarcity(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
+		errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
+}
 
 // semaphore bounds how many probes are under way at once.
 type semaphore chan struct{}

@@ -179,7 +179,7 @@ func (g *generation) admit() (release func(), ok bool) {
 		g.warnOfLimit(g.limit)
 		return nil, false
 	}
-	if !files.acquire(filesPerConnection) {
+	if !files.acquire(filesPerConnection) && !(freePipes() && files.acquire(filesPerConnection)) {
 		p.active.Add(-1)
 		g.warnOfLimit(files.limit / filesPerConnection)
 		return nil, false

@@ -68,3 +68,16 @@ func (pp *pipePool) discard(p *pipe) {
 	_ = unix.Close(p.w)
 	files.release(filesPerPipe)
 }
+
+// freePipes closes the spare pipes, for connections that need their files; it
+// reports whether there were any.
+func freePipes() bool {
+	pipes.mu.Lock()
+	spare := pipes.spare
+	pipes.spare = nil
+	pipes.mu.Unlock()
+	for _, p := range spare {
+		pipes.discard(p)
+	}
+	return len(spare) > 0
+}

@@ -182,9 +182,11 @@ func (r *relay) runDirection(d *direction) {
 }
 
 // srcLost asks the kernel whether an end of file was really a reset: a failed
-// write of the other direction takes the error away from the reader.
+// write of the other direction takes the error away from the reader. Once the
+// other direction has passed an end of file on to the source, that closes for
+// good in order, and there is no telling: so it is asked before and after.
 func (d *direction) srcLost() bool {
-	return d.src.raw != nil && !d.dst.finished.Load() && wasReset(d.src.raw)
+	return d.src.raw != nil && !d.dst.finished.Load() && wasReset(d.src.raw) && !d.dst.finished.Load()
 }
 
 // sourceLost passes a reset of the source on.

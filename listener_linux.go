@@ -1,0 +1,251 @@
+package tcplb
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// socket is a listening socket, shared by the listeners of configs that
+// overlap. Connections that wait to be accepted wait in it, not in any of them.
+type socket struct {
+	ln      *net.TCPListener
+	address string
+	users   int // listeners that are not closed; guarded by sockets.mu
+
+	// turn is held by the listener that accepts. One at a time does, so that a
+	// listener that is closed can be woken without disturbing another.
+	turn chan struct{}
+
+	mu         sync.Mutex
+	accepting  *listener // that holds the turn; nil = none, or it is not waiting
+	nextNotice time.Time // before which no further warning is logged
+}
+
+// sockets are the open ones, by address.
+var sockets = struct {
+	mu sync.Mutex
+	by map[string]*socket
+}{by: make(map[string]*socket)}
+
+// listener is one config's share in a socket.
+type listener struct {
+	*socket
+	closed    chan struct{}
+	closeOnce sync.Once
+	unwatch   func() bool // stops waiting for the config's end
+}
+
+// listenShared returns a listener on the socket for the address, and opens that
+// if need be. The listener ends with ctx: caddy-l4 forgets to close it when
+// another one of the config fails.
+func listenShared(ctx context.Context, address caddy.NetworkAddress, config net.ListenConfig) (any, error) {
+	sockets.mu.Lock()
+	defer sockets.mu.Unlock()
+	key := address.JoinHostPort(0)
+	s := sockets.by[key]
+	if s == nil {
+		ln, err := openSocket(ctx, key, config)
+		if errors.Is(err, fs.ErrPermission) {
+			return address.Listen(ctx, 0, config) // Caddy may have ways to get it
+		}
+		if err != nil {
+			return nil, err
+		}
+		s = &socket{ln: ln.(*net.TCPListener), address: key, turn: make(chan struct{}, 1)}
+		sockets.by[key] = s
+	}
+	s.users++
+	l := &listener{socket: s, closed: make(chan struct{})}
+	l.unwatch = context.AfterFunc(ctx, func() { _ = l.Close() })
+	return l, nil
+}
+
+// openSocket listens as Caddy does, with SO_REUSEPORT: a reload may change from
+// ":8080" to "tcp_lb/:8080", and back.
+//
+// Go would turn on keep-alive probes for each connection, in four system calls.
+// Connections have it from the listening socket, with Go's numbers.
+func openSocket(ctx context.Context, address string, config net.ListenConfig) (net.Listener, error) {
+	inherit := config.KeepAlive == 0 && !config.KeepAliveConfig.Enable
+	control := config.Control
+	config.Control = func(network, address string, c syscall.RawConn) error {
+		if control != nil {
+			if err := control(network, address, c); err != nil {
+				return err
+			}
+		}
+		options := []socketOption{{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1}}
+		if inherit {
+			options = append(options, keepAliveOptions...)
+		}
+		return setOptions(c, options)
+	}
+	if inherit {
+		config.KeepAlive = -1
+		config.SetMultipathTCP(false) // which need not pass the options on
+	}
+	return config.Listen(ctx, "tcp", address)
+}
+
+type socketOption struct{ level, name, value int }
+
+var keepAliveOptions = []socketOption{
+	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},  // seconds
+	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15}, // seconds
+	{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9},
+}
+
+func setOptions(c syscall.RawConn, options []socketOption) error {
+	var err error
+	cerr := c.Control(func(fd uintptr) {
+		for _, o := range options {
+			if err == nil {
+				err = unix.SetsockoptInt(int(fd), o.level, o.name, o.value)
+			}
+		}
+	})
+	return errors.Join(cerr, err)
+}
+
+// Accept returns the next connection, or net.ErrClosed once l is closed. It
+// survives a lack of files: caddy-l4 would accept nothing any more.
+func (l *listener) Accept() (net.Conn, error) {
+	for wait := minPause; ; wait = min(2*wait, maxPause) {
+		if !l.takeTurn() {
+			return nil, &net.OpError{Op: "accept", Net: "tcp", Addr: l.Addr(), Err: net.ErrClosed}
+		}
+		conn, err := l.ln.AcceptTCP()
+		l.endTurn()
+		switch {
+		case err == nil:
+			l.awaitFiles(conn)
+			return conn, nil
+		case isClosed(l.closed):
+			// The next round says so.
+		case isScarcity(err):
+			l.notice(err)
+			l.pause(wait)
+		default:
+			return nil, err
+		}
+	}
+}
+
+// takeTurn waits until l may accept; it reports false once l is closed.
+func (l *listener) takeTurn() bool {
+	select {
+	case l.turn <- struct{}{}:
+	case <-l.closed:
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if isClosed(l.closed) {
+		<-l.turn
+		return false
+	}
+	l.accepting = l
+	return true
+}
+
+func (l *listener) endTurn() {
+	l.mu.Lock()
+	l.accepting = nil
+	if isClosed(l.closed) {
+		_ = l.ln.SetDeadline(time.Time{}) // Close may have set one
+	}
+	l.mu.Unlock()
+	<-l.turn
+}
+
+// Close ends l. The socket closes with the last of its listeners.
+func (l *listener) Close() error {
+	var err error
+	l.closeOnce.Do(func() {
+		l.unwatch()
+		l.mu.Lock()
+		close(l.closed)
+		if l.accepting == l {
+			_ = l.ln.SetDeadline(time.Unix(1, 0)) // wakes it
+		}
+		l.mu.Unlock()
+
+		sockets.mu.Lock()
+		defer sockets.mu.Unlock()
+		if l.users--; l.users == 0 {
+			delete(sockets.by, l.address)
+			err = l.ln.Close()
+		}
+	})
+	return err
+}
+
+// Addr returns the socket's address.
+func (l *listener) Addr() net.Addr { return l.ln.Addr() }
+
+// How long accepting pauses for lack of files, at first and at most.
+const (
+	minPause = time.Millisecond
+	maxPause = 100 * time.Millisecond
+)
+
+func (l *listener) pause(d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-l.closed:
+	}
+}
+
+// awaitFiles keeps an accepted connection back while hardly any files are
+// left, as when connections come faster than those over the limit are closed,
+// or are held up in matching. The backends' connects need files, too. As the
+// kernel gives out the lowest number that is free, a high one tells.
+func (l *listener) awaitFiles(conn *net.TCPConn) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return
+	}
+	scarce := false
+	_ = raw.Control(func(fd uintptr) { scarce = int64(fd) >= files.wall })
+	for wait := minPause; scarce && !isClosed(l.closed); wait = min(2*wait, maxPause) {
+		l.notice(nil)
+		l.pause(wait)
+		_ = raw.Control(func(fd uintptr) {
+			next, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+			if err == nil {
+				_ = unix.Close(next)
+			}
+			scarce = err != nil || int64(next) >= files.wall
+		})
+	}
+}
+
+// notice logs that accepting pauses, once a minute at most.
+func (l *listener) notice(err error) {
+	l.mu.Lock()
+	now := time.Now()
+	due := now.After(l.nextNotice)
+	if due {
+		l.nextNotice = now.Add(time.Minute)
+	}
+	l.mu.Unlock()
+	if due {
+		caddy.Log().Named("tcp_lb").Warn("hardly any files are left, accepting slowly",
+			zap.String("listener", l.address), zap.Error(err))
+	}
+}
+
+// Interface guard
+var _ net.Listener = (*listener)(nil)
