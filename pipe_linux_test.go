@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"os"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -43,4 +44,12 @@ func TestNoPipeWithoutFiles(t *testing.T) {
 	n, err := readAllCount(r.backend)
 	require.NoError(t, err)
 	require.EqualValues(t, size, n)
+}
+
+// openFiles counts the files of this process, but for spare pipes.
+func openFiles(t testing.TB) int {
+	t.Helper()
+	list, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	return len(list) - filesPerPipe*countSparePipes()
 }

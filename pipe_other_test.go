@@ -2,4 +2,9 @@
 
 package tcplb
 
+import "testing"
+
 func countSparePipes() int { return 0 }
+
+// openFiles can't be told here.
+func openFiles(testing.TB) int { return 0 }
