@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -45,7 +46,22 @@ func startChild(t *testing.T, config string) *child {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "caddy.json")
 	require.NoError(t, os.WriteFile(file, []byte(config), 0o600))
-	c := &child{cmd: exec.Command(os.Args[0], "run", "--config", file), done: make(chan struct{})}
+	return start(t, dir, exec.Command(os.Args[0], "run", "--config", file))
+}
+
+// startChildWithFiles is startChild with a limit of open files.
+func startChildWithFiles(t *testing.T, files int, config string) *child {
+	t.Helper()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "caddy.json")
+	require.NoError(t, os.WriteFile(file, []byte(config), 0o600))
+	return start(t, dir, exec.Command("sh", "-c", `ulimit -n "$1" && shift && exec "$@"`, "sh",
+		strconv.Itoa(files), os.Args[0], "run", "--config", file))
+}
+
+func start(t *testing.T, dir string, cmd *exec.Cmd) *child {
+	t.Helper()
+	c := &child{cmd: cmd, done: make(chan struct{})}
 	c.cmd.Env = append(os.Environ(), childEnv+"=1", "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
 	out, err := c.cmd.StderrPipe()
 	require.NoError(t, err)

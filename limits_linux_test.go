@@ -1,0 +1,199 @@
+package tcplb
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// scrape returns the value of the series that begins so, from a child's admin
+// endpoint.
+func scrape(t testing.TB, admin, series string) float64 {
+	t.Helper()
+	status, body := request(t, http.MethodGet, "http://"+admin+"/metrics", "")
+	require.Equal(t, 200, status)
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + `\S* (\S+)$`).FindStringSubmatch(body)
+	if m == nil {
+		return 0
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	require.NoError(t, err)
+	return v
+}
+
+func (c *child) openFiles(t testing.TB) int {
+	t.Helper()
+	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.cmd.Process.Pid))
+	require.NoError(t, err)
+	return len(list)
+}
+
+// crowd is many clients at once. Each sends a byte, and has it back or is
+// refused; those who are served stay.
+type crowd struct {
+	mu      sync.Mutex
+	served  []net.Conn
+	refused int
+	failed  []error
+}
+
+// gather opens n connections, so many at a time, and returns when all have an
+// answer.
+func gather(lb string, n, atATime int) *crowd {
+	c := new(crowd)
+	var wg sync.WaitGroup
+	next := make(chan struct{}, n)
+	for range n {
+		next <- struct{}{}
+	}
+	close(next)
+	for range atATime {
+		wg.Go(func() {
+			for range next {
+				c.join(lb)
+			}
+		})
+	}
+	wg.Wait()
+	return c
+}
+
+func (c *crowd) join(lb string) {
+	conn, err := net.DialTimeout("tcp", lb, hangTimeout)
+	if err == nil {
+		_ = conn.SetDeadline(time.Now().Add(hangTimeout))
+		_, err = io.WriteString(conn, "x")
+	}
+	if err == nil {
+		_, err = io.ReadFull(conn, make([]byte, 1))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		c.served = append(c.served, conn)
+		return
+	case isReset(err) || err == io.EOF:
+		c.refused++
+	default:
+		c.failed = append(c.failed, err)
+	}
+	closeConn(conn)
+}
+
+func (c *crowd) leave() {
+	for _, conn := range c.served {
+		_ = conn.Close()
+	}
+}
+
+// passedProbes is the number of probes of the backend that succeeded. Once there
+// is one, the child listens.
+func passedProbes(t testing.TB, admin, backend string) float64 {
+	t.Helper()
+	return scrape(t, admin, fmt.Sprintf(`tcp_lb_health_checks_total{backend=%q,lb="web",status="success"}`, backend))
+}
+
+func adminAnswers(admin string) bool {
+	c, err := net.Dial("tcp", admin)
+	closeConn(c)
+	return err == nil
+}
+
+// A process with few files serves what it can, and refuses the rest.
+func TestFileLimit(t *testing.T) {
+	const limit, clients = 256, 2000
+	for name, c := range map[string]struct {
+		network string
+		atATime int
+	}{
+		"all at once": {"tcp_lb/", clients},
+		// It accepts as fast as it can, and must not overtake those that are
+		// refused by more files than are in reserve.
+		"on Caddy's listener, some at a time": {"", limit / 8},
+	} {
+		t.Run(name, func(t *testing.T) { testFileLimit(t, limit, clients, c.network, c.atATime) })
+	}
+}
+
+func testFileLimit(t *testing.T, limit, clients int, network string, atATime int) {
+	watchLeftovers(t)
+	s := echoServer(t)
+	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+	c := startChildWithFiles(t, limit, strings.Replace(
+		adminConfig(admin, web, network+lb, `"name":"web",`+fastChecks+","+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1))
+	eventually(t, func() bool { return adminAnswers(admin) && passedProbes(t, admin, s.address) > 0 }, "listening")
+	before := c.openFiles(t)
+
+	all := gather(lb, clients, atATime)
+	defer all.leave()
+	require.Empty(t, all.failed)
+	want := int(newFileBudget(uint64(limit)).limit / filesPerConnection)
+	require.Equal(t, want, len(all.served))
+	require.Equal(t, clients-want, all.refused)
+	require.EqualValues(t, clients-want, scrape(t, admin, `tcp_lb_connection_errors_total{backend="",error_type="max_connections",lb="web"}`))
+	probed := passedProbes(t, admin, s.address)
+	eventually(t, func() bool { return passedProbes(t, admin, s.address) > probed+2 }, "probes go on")
+	for _, conn := range all.served {
+		write(t, conn, "y")
+		expect(t, conn, "y")
+	}
+	require.EqualValues(t, 1, scrape(t, admin, "tcp_lb_backend_healthy"))
+	ofBackend := fmt.Sprintf(`{backend=%q,`, s.address)
+	require.Zero(t, scrape(t, admin, "tcp_lb_health_checks_total"+ofBackend+`lb="web",status="failure"}`))
+	for _, kind := range dialErrorNames {
+		require.Zero(t, scrape(t, admin, "tcp_lb_connection_errors_total"+ofBackend+`error_type="`+kind+`"`))
+	}
+
+	all.leave()
+	eventually(t, func() bool { return c.openFiles(t) <= before+2 }, "files are free again")
+	again := gather(lb, want, want)
+	defer again.leave()
+	require.Equal(t, want, len(again.served), "and used again")
+	c.line(t, "connection limit reached")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	require.NotContains(t, strings.Join(c.log, "\n"), "too many open files")
+}
+
+// Many connections at once take two files each while idle, and all answer.
+func TestManyConnections(t *testing.T) {
+	const files, connections = 20_000, 9_900
+	var limit unix.Rlimit
+	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	if limit.Max < files {
+		t.Skipf("needs a limit of %d open files, here it is %d", files, limit.Max)
+	}
+	admin, web, lb, backend := freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t)
+	startChildWithFiles(t, files, layer4Config(fmt.Sprintf(`"echo":{"listen":[%q],"routes":[{"handle":[{"handler":"echo"}]}]}`, backend)))
+	c := startChildWithFiles(t, files, adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web",`+backendsJSON(backend)+"}"))
+	eventually(t, func() bool { return adminAnswers(admin) && passedProbes(t, admin, backend) > 0 }, "listening")
+	before := c.openFiles(t)
+
+	all := gather(lb, connections, 100)
+	defer all.leave()
+	require.Empty(t, all.failed)
+	require.Zero(t, all.refused)
+	require.EqualValues(t, connections, scrape(t, admin, "tcp_lb_connections_active"))
+	eventually(t, func() bool { return c.openFiles(t) <= before+filesPerConnection*connections }, "two files each: %v", lazily(func() any { return c.openFiles(t) - before }))
+	for _, conn := range all.served {
+		require.NoError(t, conn.SetDeadline(time.Now().Add(hangTimeout)))
+		write(t, conn, "y")
+	}
+	for _, conn := range all.served {
+		expect(t, conn, "y")
+	}
+	all.leave()
+	eventually(t, func() bool { return c.openFiles(t) <= before+2 }, "all files are free again")
+}
