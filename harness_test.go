@@ -213,6 +213,13 @@ func dialClient(t testing.TB, address string) *net.TCPConn {
 	return c.(*net.TCPConn)
 }
 
+// listens reports whether someone accepts connections.
+func listens(address string) bool {
+	c, err := net.Dial("tcp", address)
+	closeConn(c)
+	return err == nil
+}
+
 // ask connects and returns all that the backend says.
 func ask(address string) (string, error) {
 	c, err := net.DialTimeout("tcp", address, hangTimeout)

@@ -25,35 +25,53 @@ const (
 type fileBudget struct {
 	limit  int64 // files that connections and pipes may use
 	probes int   // files set apart for probes
-	wall   int64 // file number from which on accepting slows down
 	used   atomic.Int64
+
+	// Connections over the limit have to be accepted to be refused; these are
+	// of the reserve.
+	overflowLimit int64
+	overflow      atomic.Int64
 }
 
 // newFileBudget divides the process's limit of open files (0 = none). Up to 64
 // are set apart for probes and up to 128 for listeners, logs, the admin
-// endpoint and whatever else Caddy serves.
+// endpoint and whatever else Caddy serves; half of those may be connections
+// that are about to be refused.
 func newFileBudget(limit uint64) *fileBudget {
 	if limit == 0 || limit > math.MaxInt32 {
-		return &fileBudget{limit: math.MaxInt32, probes: 64, wall: math.MaxInt32}
+		return &fileBudget{limit: math.MaxInt32, probes: 64, overflowLimit: 64}
 	}
 	n := int64(limit)
 	probes, reserve := min(64, max(1, n/8)), min(128, n/4)
 	return &fileBudget{
-		limit:  max(filesPerConnection, n-probes-reserve),
-		probes: int(probes),
-		wall:   n - probes - reserve/4,
+		limit:         max(filesPerConnection, n-probes-reserve),
+		probes:        int(probes),
+		overflowLimit: max(1, reserve/2),
 	}
 }
 
-func (f *fileBudget) acquire(n int64) bool {
-	if f.used.Add(n) <= f.limit {
-		return true
-	}
-	f.used.Add(-n)
-	return false
-}
+func (f *fileBudget) acquire(n int64) bool { return acquireUpTo(&f.used, n, f.limit) }
 
 func (f *fileBudget) release(n int64) { f.used.Add(-n) }
+
+// acquirePair takes the files of one connection, for which spare pipes give way.
+func (f *fileBudget) acquirePair() bool {
+	return f.acquire(filesPerConnection) || freePipes() && f.acquire(filesPerConnection)
+}
+
+func (f *fileBudget) releasePair() { f.release(filesPerConnection) }
+
+func (f *fileBudget) acquireOverflow() bool { return acquireUpTo(&f.overflow, 1, f.overflowLimit) }
+
+func (f *fileBudget) releaseOverflow() { f.overflow.Add(-1) }
+
+func acquireUpTo(used *atomic.Int64, n, limit int64) bool {
+	if used.Add(n) <= limit {
+		return true
+	}
+	used.Add(-n)
+	return false
+}
 
 // isScarcity reports whether err is a lack of files or memory on this side,
 // and says nothing of the other.

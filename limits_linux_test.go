@@ -105,12 +105,6 @@ func passedProbes(t testing.TB, admin, backend string) float64 {
 	return scrape(t, admin, fmt.Sprintf(`tcp_lb_health_checks_total{backend=%q,lb="web",status="success"}`, backend))
 }
 
-func adminAnswers(admin string) bool {
-	c, err := net.Dial("tcp", admin)
-	closeConn(c)
-	return err == nil
-}
-
 // A process with few files serves what it can, and refuses the rest.
 func TestFileLimit(t *testing.T) {
 	const limit, clients = 256, 2000
@@ -133,7 +127,7 @@ func testFileLimit(t *testing.T, limit, clients int, network string, atATime int
 	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
 	c := startChildWithFiles(t, limit, strings.Replace(
 		adminConfig(admin, web, network+lb, `"name":"web",`+fastChecks+","+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1))
-	eventually(t, func() bool { return adminAnswers(admin) && passedProbes(t, admin, s.address) > 0 }, "listening")
+	eventually(t, func() bool { return listens(admin) && passedProbes(t, admin, s.address) > 0 }, "listening")
 	before := c.openFiles(t)
 
 	all := gather(lb, clients, atATime)
@@ -177,8 +171,9 @@ func TestManyConnections(t *testing.T) {
 	}
 	admin, web, lb, backend := freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t)
 	startChildWithFiles(t, files, layer4Config(fmt.Sprintf(`"echo":{"listen":[%q],"routes":[{"handle":[{"handler":"echo"}]}]}`, backend)))
+	eventually(t, func() bool { return listens(backend) }, "the backend listens")
 	c := startChildWithFiles(t, files, adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web",`+backendsJSON(backend)+"}"))
-	eventually(t, func() bool { return adminAnswers(admin) && passedProbes(t, admin, backend) > 0 }, "listening")
+	eventually(t, func() bool { return listens(admin) && passedProbes(t, admin, backend) > 0 }, "listening")
 	before := c.openFiles(t)
 
 	all := gather(lb, connections, 100)

@@ -128,8 +128,9 @@ func (l *listener) Accept() (net.Conn, error) {
 		l.endTurn()
 		switch {
 		case err == nil:
-			l.awaitFiles(conn)
-			return conn, nil
+			c := &acceptedConn{TCPConn: conn}
+			l.awaitFiles(c)
+			return c, nil
 		case isClosed(l.closed):
 			// The next round says so.
 		case isScarcity(err):
@@ -138,6 +139,16 @@ func (l *listener) Accept() (net.Conn, error) {
 		default:
 			return nil, err
 		}
+	}
+}
+
+// awaitFiles keeps an accepted connection back while so many are about to be
+// refused that there is no file for another. They take their time when their
+// bytes are matched first.
+func (l *listener) awaitFiles(c *acceptedConn) {
+	for wait := minPause; !c.claim() && !isClosed(l.closed); wait = min(2*wait, maxPause) {
+		l.notice(nil)
+		l.pause(wait)
 	}
 }
 
@@ -208,30 +219,6 @@ func (l *listener) pause(d time.Duration) {
 	}
 }
 
-// awaitFiles keeps an accepted connection back while hardly any files are
-// left, as when connections come faster than those over the limit are closed,
-// or are held up in matching. The backends' connects need files, too. As the
-// kernel gives out the lowest number that is free, a high one tells.
-func (l *listener) awaitFiles(conn *net.TCPConn) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return
-	}
-	scarce := false
-	_ = raw.Control(func(fd uintptr) { scarce = int64(fd) >= files.wall })
-	for wait := minPause; scarce && !isClosed(l.closed); wait = min(2*wait, maxPause) {
-		l.notice(nil)
-		l.pause(wait)
-		_ = raw.Control(func(fd uintptr) {
-			next, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-			if err == nil {
-				_ = unix.Close(next)
-			}
-			scarce = err != nil || int64(next) >= files.wall
-		})
-	}
-}
-
 // notice logs that accepting pauses, once a minute at most.
 func (l *listener) notice(err error) {
 	l.mu.Lock()
@@ -242,7 +229,7 @@ func (l *listener) notice(err error) {
 	}
 	l.mu.Unlock()
 	if due {
-		caddy.Log().Named("tcp_lb").Warn("hardly any files are left, accepting slowly",
+		caddy.Log().Named("tcp_lb").Warn("no files are left, accepting slowly",
 			zap.String("listener", l.address), zap.Error(err))
 	}
 }

@@ -66,7 +66,6 @@ func TestSharedListener(t *testing.T) {
 	c, err := next.Accept()
 	require.NoError(t, err)
 	defer c.Close()
-	require.IsType(t, (*net.TCPConn)(nil), c)
 	expect(t, c, "hello")
 
 	require.NoError(t, next.Close())
@@ -168,7 +167,7 @@ func TestAcceptedConnectionsKeepAlive(t *testing.T) {
 	c, err := ln.Accept()
 	require.NoError(t, err)
 	defer c.Close()
-	raw, err := c.(*net.TCPConn).SyscallConn()
+	raw, err := c.(*acceptedConn).SyscallConn()
 	require.NoError(t, err)
 	for _, o := range append([]socketOption{{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}}, keepAliveOptions...) {
 		require.NoError(t, raw.Control(func(fd uintptr) {
@@ -179,26 +178,64 @@ func TestAcceptedConnectionsKeepAlive(t *testing.T) {
 	}
 }
 
-// With few files left a connection is kept back until there are more.
-func TestAcceptWaitsForFiles(t *testing.T) {
-	address := freeAddress(t)
-	ln, _ := listenAs(t, "tcp_lb/"+address)
-	wall := files.wall
-	t.Cleanup(func() { files.wall = wall })
-	files.wall = 0 // as if all were in use
-	conns, failed := accepting(ln)
-	c := dialClient(t, address)
-	eventually(t, func() bool {
+func saysItWaits(ln net.Listener) func() bool {
+	return func() bool {
 		l := ln.(*listener)
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return !l.nextNotice.IsZero()
-	}, "it says so")
+	}
+}
+
+// While there is no file for another connection, it is kept back.
+func TestAcceptWaitsForFiles(t *testing.T) {
+	watchLeftovers(t)
+	address := freeAddress(t)
+	ln, _ := listenAs(t, "tcp_lb/"+address)
+	freePipes()
+	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
+	require.True(t, files.acquire(rest), "all are in use")
+	files.overflow.Add(reserve - 1)
+	t.Cleanup(func() { files.overflow.Add(1 - reserve) })
+	conns, failed := accepting(ln)
+
+	first := dialClient(t, address)
+	over := (<-conns).(*acceptedConn)
+	require.False(t, over.admit(), "over the limit, to be refused")
+	second := dialClient(t, address)
+	eventually(t, saysItWaits(ln), "it says that it waits")
 	require.Empty(t, conns)
+
+	require.NoError(t, over.Close())
+	expectEOF(t, first)
+	next := (<-conns).(*acceptedConn)
+	files.release(rest)
+	require.True(t, next.admit(), "now there is room")
+	require.Equal(t, reserve-1, files.overflow.Load())
+	_, _ = io.WriteString(next, "x")
+	expect(t, second, "x")
+	require.NoError(t, next.Close())
 	require.NoError(t, ln.Close())
-	require.ErrorIs(t, <-failed, net.ErrClosed, "it does not keep the listener open")
-	accepted := <-conns
-	defer accepted.Close()
-	_, _ = io.WriteString(accepted, "x")
-	expect(t, c, "x")
+	require.ErrorIs(t, <-failed, net.ErrClosed)
+}
+
+// A listener that is closed while it waits for files hands over what it has.
+func TestCloseWhileAcceptWaitsForFiles(t *testing.T) {
+	watchLeftovers(t)
+	address := freeAddress(t)
+	ln, _ := listenAs(t, "tcp_lb/"+address)
+	freePipes()
+	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
+	require.True(t, files.acquire(rest))
+	t.Cleanup(func() { files.release(rest) })
+	files.overflow.Add(reserve)
+	t.Cleanup(func() { files.overflow.Add(-reserve) })
+	conns, failed := accepting(ln)
+	c := dialClient(t, address)
+	eventually(t, saysItWaits(ln), "it says that it waits")
+	require.NoError(t, ln.Close())
+	require.ErrorIs(t, <-failed, net.ErrClosed)
+	held := <-conns
+	require.NoError(t, held.Close())
+	expectEOF(t, c)
 }

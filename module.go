@@ -147,7 +147,7 @@ func (g *generation) serve(cx *layer4.Connection) {
 	rec := record{began: time.Now()}
 	defer g.finish(cx, &rec)
 
-	release, ok := g.admit()
+	release, ok := g.admit(cx)
 	if !ok {
 		rec.why = reasonMaxConnections
 		return
@@ -172,24 +172,31 @@ func (g *generation) serve(cx *layer4.Connection) {
 }
 
 // admit counts the connection against the limits.
-func (g *generation) admit() (release func(), ok bool) {
+func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 	p := g.pool
 	if n := p.active.Add(1); g.limit > 0 && n > g.limit {
 		p.active.Add(-1)
 		g.warnOfLimit(g.limit)
 		return nil, false
 	}
-	if !files.acquire(filesPerConnection) && !(freePipes() && files.acquire(filesPerConnection)) {
+	release, ok = g.leavePool, true
+	if c := acceptedFrom(cx.Conn); c != nil {
+		ok = c.admit()
+	} else if ok = files.acquirePair(); ok {
+		release = g.leavePoolAndFiles
+	}
+	if !ok {
 		p.active.Add(-1)
 		g.warnOfLimit(files.limit / filesPerConnection)
-		return nil, false
 	}
-	return g.readmit, true
+	return release, ok
 }
 
-func (g *generation) readmit() {
-	files.release(filesPerConnection)
-	g.pool.active.Add(-1)
+func (g *generation) leavePool() { g.pool.active.Add(-1) }
+
+func (g *generation) leavePoolAndFiles() {
+	files.releasePair()
+	g.leavePool()
 }
 
 // newSession makes the relay between the client and its backend.
@@ -207,9 +214,11 @@ func (g *generation) newSession(cx *layer4.Connection, l link) *session {
 // clientConn returns the connection to relay: the socket itself if nothing is
 // in between, else caddy-l4's view of it.
 func clientConn(cx *layer4.Connection) net.Conn {
-	switch cx.Conn.(type) {
+	switch c := cx.Conn.(type) {
+	case *acceptedConn:
+		return c.TCPConn
 	case *net.TCPConn, *net.UnixConn:
-		return cx.Conn
+		return c
 	}
 	return cx
 }

@@ -307,18 +307,14 @@ func TestExit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			config := strings.Replace(adminConfig(admin, web, lb, `"name":"web","drain_timeout":"5s",`+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1)
 			c := startChild(t, config)
-			eventually(t, func() bool { conn, err := net.Dial("tcp", lb); closeConn(conn); return err == nil }, "listening")
+			eventually(t, func() bool { return listens(lb) }, "listening")
 			ends, stays := dialClient(t, lb), dialClient(t, lb)
 			for _, conn := range []*net.TCPConn{ends, stays} {
 				write(t, conn, "x")
 				expect(t, conn, "x")
 			}
 			stop(t, c)
-			eventually(t, func() bool {
-				conn, err := net.Dial("tcp", lb)
-				closeConn(conn)
-				return err != nil
-			}, "new connections are refused")
+			eventually(t, func() bool { return !listens(lb) }, "new connections are refused")
 			write(t, ends, "the rest of the stream")
 			require.NoError(t, ends.CloseWrite())
 			expect(t, ends, "the rest of the stream")
@@ -343,7 +339,7 @@ func TestSecondInterruptEndsAtOnce(t *testing.T) {
 	lb := freeAddress(t)
 	config := strings.Replace(lbConfig(lb, `"drain_timeout":"1h",`+backendsJSON(s.address)+"}"), `"ERROR"`, `"INFO"`, 1)
 	c := startChild(t, config)
-	eventually(t, func() bool { conn, err := net.Dial("tcp", lb); closeConn(conn); return err == nil }, "listening")
+	eventually(t, func() bool { return listens(lb) }, "listening")
 	conn := dialClient(t, lb)
 	write(t, conn, "x")
 	expect(t, conn, "x")

@@ -111,6 +111,8 @@ func unwrap(conn net.Conn) net.Conn {
 	switch c := conn.(type) {
 	case *net.TCPConn, *net.UnixConn:
 		return nil
+	case *acceptedConn:
+		return c.TCPConn
 	case interface{ NetConn() net.Conn }: // crypto/tls
 		return c.NetConn()
 	case interface{ Raw() net.Conn }: // PROXY protocol
