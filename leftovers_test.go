@@ -18,7 +18,7 @@ var caddysGoroutines = []goleak.Option{
 }
 
 // watchLeftovers checks, when all other clean-up of the test is done, that
-// goroutines, files and the file budget are where they were.
+// goroutines, sockets, pipes and the file budget are where they were.
 func watchLeftovers(t testing.TB) {
 	t.Helper()
 	noPoolsYet(t)
@@ -31,7 +31,7 @@ func watchLeftovers(t testing.TB) {
 		noPoolsYet(t)
 		var err error
 		eventually(t, func() bool { err = goleak.Find(goroutines...); return err == nil }, "no goroutine left: %v", lazily(func() any { return err }))
-		eventually(t, func() bool { return openFiles(t) <= filesBefore }, "%d files open again, now %v", filesBefore, lazily(func() any { return openFiles(t) }))
+		eventually(t, func() bool { return openFiles(t) <= filesBefore }, "%d sockets and pipes open again, now %v", filesBefore, lazily(func() any { return openFiles(t) }))
 		eventually(t, func() bool { return files.used.Load() == int64(filesPerPipe*countSparePipes()) }, "the file budget is free again")
 	})
 }
