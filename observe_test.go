@@ -296,59 +296,6 @@ type panickingPicker struct{}
 
 func (panickingPicker) Pick(net.Addr, []*Backend) *Backend { panic("out of luck") }
 
-func TestExit(t *testing.T) {
-	s := echoServer(t)
-	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
-	for name, stop := range map[string]func(t *testing.T, c *child){
-		"interrupt":  func(t *testing.T, c *child) { c.signal(t, os.Interrupt) },
-		"terminate":  func(t *testing.T, c *child) { c.signal(t, terminate) },
-		"caddy stop": func(t *testing.T, c *child) { c.stopByAdmin(t, admin) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			config := strings.Replace(adminConfig(admin, web, lb, `"name":"web","drain_timeout":"5s",`+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1)
-			c := startChild(t, config)
-			eventually(t, func() bool { return listens(lb) }, "listening")
-			ends, stays := dialClient(t, lb), dialClient(t, lb)
-			for _, conn := range []*net.TCPConn{ends, stays} {
-				write(t, conn, "x")
-				expect(t, conn, "x")
-			}
-			stop(t, c)
-			eventually(t, func() bool { return !listens(lb) }, "new connections are refused")
-			write(t, ends, "the rest of the stream")
-			require.NoError(t, ends.CloseWrite())
-			expect(t, ends, "the rest of the stream")
-			expectEOF(t, ends)
-			one := fmt.Sprintf(`tcp_lb_connections_active{backend=%q,lb="web"} 1`, s.address)
-			eventually(t, func() bool {
-				status, body := request(t, http.MethodGet, "http://"+admin+"/metrics", "")
-				return status == 200 && strings.Contains(body, one)
-			}, "metrics that are served to the end, and say that one is left")
-			expectReset(t, stays)
-			require.Equal(t, 0, c.wait(t))
-			line := c.line(t, `"pool ended"`)
-			require.EqualValues(t, 1, line["cut_by_drain_timeout"])
-			require.EqualValues(t, "web", line["lb"])
-			require.EqualValues(t, len("x")*2+len("the rest of the stream"), line["sent_bytes"])
-		})
-	}
-}
-
-func TestSecondInterruptEndsAtOnce(t *testing.T) {
-	s := echoServer(t)
-	lb := freeAddress(t)
-	config := strings.Replace(lbConfig(lb, `"drain_timeout":"1h",`+backendsJSON(s.address)+"}"), `"ERROR"`, `"INFO"`, 1)
-	c := startChild(t, config)
-	eventually(t, func() bool { return listens(lb) }, "listening")
-	conn := dialClient(t, lb)
-	write(t, conn, "x")
-	expect(t, conn, "x")
-	c.signal(t, os.Interrupt)
-	c.line(t, "waiting for open connections")
-	c.signal(t, os.Interrupt)
-	require.Equal(t, caddy.ExitCodeForceQuit, c.wait(t))
-}
-
 func closeConn(c net.Conn) {
 	if c != nil {
 		_ = c.Close()

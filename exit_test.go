@@ -1,0 +1,90 @@
+package tcplb
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/stretchr/testify/require"
+)
+
+func TestExit(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		stop    func(t *testing.T, c *child, admin string)
+		network string
+		reloads int
+	}{
+		{"interrupt", func(t *testing.T, c *child, _ string) { c.signal(t, os.Interrupt) }, "", 0},
+		{"terminate", func(t *testing.T, c *child, _ string) { c.signal(t, terminate) }, "", 0},
+		{"caddy stop", func(t *testing.T, c *child, admin string) { c.stopByAdmin(t, admin) }, "", 0},
+		{"interrupt after reloads", func(t *testing.T, c *child, _ string) { c.signal(t, os.Interrupt) }, "tcp_lb/", 3},
+		{"terminate after reloads", func(t *testing.T, c *child, _ string) { c.signal(t, terminate) }, "tcp_lb/", 3},
+		{"caddy stop after reloads", func(t *testing.T, c *child, admin string) { c.stopByAdmin(t, admin) }, "tcp_lb/", 3},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // each has a process of its own
+			testExit(t, c.network, c.reloads, c.stop)
+		})
+	}
+}
+
+func testExit(t *testing.T, network string, reloads int, stop func(*testing.T, *child, string)) {
+	s, other := echoServer(t), echoServer(t)
+	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+	config := func(round int) string {
+		backends := backendsJSON(s.address)
+		if round%2 == 1 {
+			backends = backendsJSON(s.address, other.address)
+		}
+		options := fmt.Sprintf(`"name":"web","dial_timeout":"%ds","drain_timeout":"5s",`, 1+round)
+		return strings.Replace(adminConfig(admin, web, network+lb, options+backends+"}"), `"PANIC"`, `"INFO"`, 1)
+	}
+	c := startChild(t, config(0))
+	eventually(t, func() bool { return listens(lb) }, "listening")
+	ends, stays := dialClient(t, lb), dialClient(t, lb)
+	for _, conn := range []*net.TCPConn{ends, stays} {
+		write(t, conn, "x")
+		expect(t, conn, "x")
+	}
+	for round := range reloads {
+		status, body := request(t, http.MethodPost, "http://"+admin+"/load", config(round+1))
+		require.Equal(t, 200, status, body)
+	}
+	stop(t, c, admin)
+	eventually(t, func() bool { return !listens(lb) }, "new connections are refused")
+	write(t, ends, "the rest of the stream")
+	require.NoError(t, ends.CloseWrite())
+	expect(t, ends, "the rest of the stream")
+	expectEOF(t, ends)
+	one := fmt.Sprintf(`tcp_lb_connections_active{backend=%q,lb="web"} 1`, s.address)
+	eventually(t, func() bool {
+		status, body := request(t, http.MethodGet, "http://"+admin+"/metrics", "")
+		return status == 200 && strings.Contains(body, one)
+	}, "metrics that are served to the end, and say that one is left")
+	expectReset(t, stays)
+	require.Equal(t, 0, c.wait(t))
+	line := c.line(t, `"pool ended"`)
+	require.EqualValues(t, 1, line["cut_by_drain_timeout"])
+	require.EqualValues(t, "web", line["lb"])
+	require.EqualValues(t, len("x")*2+len("the rest of the stream"), line["sent_bytes"])
+}
+
+func TestSecondInterruptEndsAtOnce(t *testing.T) {
+	s := echoServer(t)
+	lb := freeAddress(t)
+	config := strings.Replace(lbConfig(lb, `"drain_timeout":"1h",`+backendsJSON(s.address)+"}"), `"ERROR"`, `"INFO"`, 1)
+	c := startChild(t, config)
+	eventually(t, func() bool { return listens(lb) }, "listening")
+	conn := dialClient(t, lb)
+	write(t, conn, "x")
+	expect(t, conn, "x")
+	c.signal(t, os.Interrupt)
+	c.line(t, "waiting for open connections")
+	c.signal(t, os.Interrupt)
+	require.Equal(t, caddy.ExitCodeForceQuit, c.wait(t))
+}
