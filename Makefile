@@ -1,8 +1,10 @@
 GO ?= go
 STATICCHECK_VERSION ?= v0.8.2
+SOAK ?= 10m
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test test-verbose test-coverage lint bench docker-build docker-up docker-down clean
+.PHONY: help build run test test-verbose test-coverage soak lint bench docker-build docker-up docker-down clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +25,9 @@ test-coverage: ## The same, with coverage.html
 	$(GO) test -race -count=1 -coverprofile=coverage.out ./...
 	$(GO) tool cover -func=coverage.out | tail -n 1
 	$(GO) tool cover -html=coverage.out -o coverage.html
+
+soak: ## Run the soak test for SOAK=10m, with SEED=<number> to repeat one
+	$(GO) test -race -count=1 -timeout 0 -v -run '^TestSoak$$' . -soak $(SOAK) -soak.seed $(SEED)
 
 lint: ## Check formatting, vet and staticcheck
 	@test -z "$$(gofmt -l .)" || { echo "not formatted:"; gofmt -l .; exit 1; }
