@@ -24,7 +24,8 @@ type Backend struct {
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
 	lastError atomic.Pointer[string]
 
-	stats stats
+	stats   stats
+	settled totals // what of stats is in some pool's gone; guarded by the registry
 
 	mu       sync.Mutex
 	users    int  // generations that name it

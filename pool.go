@@ -38,11 +38,16 @@ type totals struct {
 	connections, cut, received, sent uint64
 }
 
-func (t *totals) add(s *stats) {
-	t.connections += s.opened.Load()
-	t.cut += s.closed[reasonDrainTimeout].Load()
-	t.received += s.received.Load()
-	t.sent += s.sent.Load()
+func (t totals) plus(o totals) totals {
+	return totals{t.connections + o.connections, t.cut + o.cut, t.received + o.received, t.sent + o.sent}
+}
+
+func (t totals) minus(o totals) totals {
+	return totals{t.connections - o.connections, t.cut - o.cut, t.received - o.received, t.sent - o.sent}
+}
+
+func (s *stats) totals() totals {
+	return totals{s.opened.Load(), s.closed[reasonDrainTimeout].Load(), s.received.Load(), s.sent.Load()}
 }
 
 // registry holds the pools of every running config and of the connections that
@@ -195,7 +200,9 @@ func (r *poolRegistry) dropIfUnusedLocked(b *Backend) {
 	if b.drain != nil {
 		b.drain.Stop()
 	}
-	b.pool.gone.add(&b.stats)
+	now := b.stats.totals()
+	b.pool.gone = b.pool.gone.plus(now.minus(b.settled))
+	b.settled = now
 	delete(b.pool.backends, b.address)
 }
 
@@ -244,10 +251,10 @@ type poolView struct {
 // total returns what the pool has done so far.
 func (v poolView) total() totals {
 	registry.mu.Lock()
+	defer registry.mu.Unlock()
 	t := v.gone
-	registry.mu.Unlock()
 	for _, b := range v.backends {
-		t.add(&b.stats)
+		t = t.plus(b.stats.totals().minus(b.settled))
 	}
 	return t
 }

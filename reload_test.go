@@ -178,8 +178,24 @@ func TestHandlerAfterItsConfig(t *testing.T) {
 	_, _ = io.WriteString(l.conn, "x")
 	expect(t, l.conn, "x")
 	require.NoError(t, l.conn.Close())
+
+	// What it does now is counted in the pool that ends after it, and once.
+	b := l.backend
+	b.stats.received.Add(5)
+	ended := b.pool
 	l.release()
 	require.Empty(t, registry.snapshot())
+	require.EqualValues(t, 5, ended.gone.received)
+	l, err = live.connect(nil)
+	require.NoError(t, err)
+	require.Same(t, b, l.backend, "the same one again")
+	require.NotSame(t, ended, b.pool)
+	require.NoError(t, l.conn.Close())
+	b.stats.received.Add(2)
+	require.EqualValues(t, 2, registry.snapshot()[0].total().received)
+	again := b.pool
+	l.release()
+	require.EqualValues(t, 2, again.gone.received)
 
 	never, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(s.address) })
 	never.stop()

@@ -1,0 +1,171 @@
+//go:build linux
+
+// Command bench compares what this balancer and others cost: processor time of
+// the balancer's process for each unit of work, memory and files for each idle
+// connection, and, less telling on a shared machine, latency.
+//
+//	go run ./bench
+//
+// Each balancer runs in a process of its own, in front of the same backends,
+// with the same client, one at a time and in turns for several rounds. HAProxy
+// and nginx take part if they are installed. The table has medians over the
+// rounds, and ratios to caddy-l4's own proxy.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+var (
+	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
+	scale  = flag.Float64("scale", 1, "factor on the amount of work")
+	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
+	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
+)
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == "backend" {
+		runBackend()
+		return
+	}
+	flag.Parse()
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	dir, err := os.MkdirTemp("", "bench")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if *caddy == "" {
+		*caddy = filepath.Join(dir, "caddy")
+		fmt.Fprintln(os.Stderr, "building Caddy")
+		if err := command("go", "build", "-o", *caddy, "./cmd/caddy").Run(); err != nil {
+			return fmt.Errorf("building cmd/caddy: %w", err)
+		}
+	}
+	backends, err := startBackends()
+	if err != nil {
+		return fmt.Errorf("starting the backends: %w", err)
+	}
+	defer backends.stop()
+
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	var results []*result
+	for _, b := range balancers(dir, backends) {
+		if *only == "" || slices.Contains(strings.Split(*only, ","), b.name) {
+			results = append(results, &result{name: b.name, balancer: b})
+		}
+	}
+	for round := range *rounds {
+		for _, r := range results {
+			select {
+			case <-stop:
+				return fmt.Errorf("interrupted")
+			default:
+			}
+			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, *rounds, r.name)
+			if err := r.measure(); err != nil {
+				return fmt.Errorf("%s: %w", r.name, err)
+			}
+		}
+	}
+	printTables(results)
+	return nil
+}
+
+// A metric is a row of the table.
+type metric struct {
+	name   string
+	format string
+}
+
+var metrics = []metric{
+	{"short connection, µs of CPU", "%.1f"},
+	{"round trip of 64 bytes, µs of CPU", "%.2f"},
+	{"GB down, s of CPU", "%.3f"},
+	{"GB up, s of CPU", "%.3f"},
+	{"idle connection, KB resident", "%.1f"},
+	{"idle connection, files", "%.2f"},
+	{"short connection, p50 in ms", "%.2f"},
+	{"short connection, p99 in ms", "%.2f"},
+	{"round trip, p50 in ms", "%.3f"},
+	{"round trip, p99 in ms", "%.3f"},
+	{"errors", "%.0f"},
+}
+
+// result is what was measured of one balancer: a value for each metric and
+// round.
+type result struct {
+	name     string
+	balancer balancer
+	values   [][]float64 // by round, then metric
+}
+
+// measure gives the balancer its turn, in a new process.
+func (r *result) measure() error {
+	p, err := r.balancer.start()
+	if err != nil {
+		return err
+	}
+	defer p.stop()
+	values, err := workAll(p, r.balancer)
+	if err != nil {
+		return err
+	}
+	r.values = append(r.values, values)
+	return nil
+}
+
+func (r *result) median(metric int) float64 {
+	var column []float64
+	for _, v := range r.values {
+		column = append(column, v[metric])
+	}
+	slices.Sort(column)
+	n := len(column)
+	return (column[(n-1)/2] + column[n/2]) / 2
+}
+
+func printTables(results []*result) {
+	base := slices.IndexFunc(results, func(r *result) bool { return r.name == baseline })
+	fmt.Printf("\nMedians of %d rounds:\n\n", *rounds)
+	printTable(results, func(r *result, m int) string { return fmt.Sprintf(metrics[m].format, r.median(m)) })
+	if base < 0 {
+		return
+	}
+	fmt.Printf("\nThe same, divided by those of %s:\n\n", baseline)
+	printTable(results, func(r *result, m int) string {
+		if of := results[base].median(m); of != 0 {
+			return fmt.Sprintf("%.2f", r.median(m)/of)
+		}
+		return ""
+	})
+}
+
+func printTable(results []*result, cell func(r *result, metric int) string) {
+	fmt.Print("| per |")
+	for _, r := range results {
+		fmt.Printf(" %s |", r.name)
+	}
+	fmt.Print("\n|---|", strings.Repeat("---|", len(results)), "\n")
+	for m := range metrics {
+		fmt.Printf("| %s |", metrics[m].name)
+		for _, r := range results {
+			fmt.Printf(" %s |", cell(r, m))
+		}
+		fmt.Println()
+	}
+}

@@ -1,0 +1,240 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	clients     = 32 // of short connections and of round trips
+	streams     = 4  // of bulk transfers
+	messageSize = 64 // bytes
+	settle      = 300 * time.Millisecond
+)
+
+func scaled(n int) int { return max(clients, int(float64(n)**scale)) }
+
+// workAll does all kinds of work through the balancer and returns the metrics.
+func workAll(p *process, b balancer) ([]float64, error) {
+	var failed atomic.Int64
+	short(b.echo, clients, &failed) // what is needed once is not measured
+
+	connections, trips := scaled(20_000), scaled(200_000)
+	volume := int64(2e9 * *scale)
+	var shortTimes, tripTimes []time.Duration
+	idleMemory, idleFiles, err := idle(p, b.echo, scaled(4_000), &failed)
+	if err != nil {
+		return nil, err
+	}
+	shortCPU, err := p.during(func() { shortTimes = short(b.echo, connections, &failed) })
+	if err != nil {
+		return nil, err
+	}
+	tripCPU, err := p.during(func() { tripTimes = roundTrips(b.echo, trips, &failed) })
+	if err != nil {
+		return nil, err
+	}
+	downCPU, err := p.during(func() { down(b.source, volume, &failed) })
+	if err != nil {
+		return nil, err
+	}
+	upCPU, err := p.during(func() { up(b.sink, volume, &failed) })
+	if err != nil {
+		return nil, err
+	}
+	return []float64{
+		shortCPU * 1e6 / float64(connections),
+		tripCPU * 1e6 / float64(trips),
+		downCPU * 1e9 / float64(volume),
+		upCPU * 1e9 / float64(volume),
+		idleMemory / 1024,
+		idleFiles,
+		percentile(shortTimes, 50), percentile(shortTimes, 99),
+		percentile(tripTimes, 50), percentile(tripTimes, 99),
+		float64(failed.Load()),
+	}, nil
+}
+
+// during returns the seconds of processor time that the process used meanwhile,
+// and for what it had yet to do then.
+func (p *process) during(work func()) (float64, error) {
+	before, err := p.cpu()
+	if err != nil {
+		return 0, err
+	}
+	work()
+	time.Sleep(settle)
+	after, err := p.cpu()
+	return (after - before).Seconds(), err
+}
+
+// percentile returns it in milliseconds, and sorts the times.
+func percentile(times []time.Duration, p int) float64 {
+	if len(times) == 0 {
+		return 0
+	}
+	slices.Sort(times)
+	return times[(len(times)-1)*p/100].Seconds() * 1000
+}
+
+// share has so many workers do n pieces of work, and returns the time that each
+// piece took.
+func share(workers, n int, worker func(do func(func() error))) []time.Duration {
+	var next atomic.Int64
+	var mu sync.Mutex
+	var all []time.Duration
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			times := make([]time.Duration, 0, 2*n/workers)
+			worker(func(piece func() error) {
+				for next.Add(1) <= int64(n) {
+					began := time.Now()
+					if piece() != nil {
+						return
+					}
+					times = append(times, time.Since(began))
+				}
+			})
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, times...)
+		})
+	}
+	wg.Wait()
+	return all
+}
+
+// short makes n connections: connect, a message and back, close.
+func short(address string, n int, failed *atomic.Int64) []time.Duration {
+	return share(clients, n, func(do func(func() error)) {
+		message := make([]byte, messageSize)
+		do(func() error {
+			c, err := net.Dial("tcp", address)
+			if err == nil {
+				err = trip(c, message)
+				_ = c.Close()
+			}
+			if err != nil {
+				failed.Add(1)
+			}
+			return nil
+		})
+	})
+}
+
+// roundTrips sends n messages and has them back, on connections that are kept.
+func roundTrips(address string, n int, failed *atomic.Int64) []time.Duration {
+	return share(clients, n, func(do func(func() error)) {
+		message := make([]byte, messageSize)
+		c, err := net.Dial("tcp", address)
+		if err != nil {
+			failed.Add(1)
+			return
+		}
+		defer c.Close()
+		do(func() error {
+			err := trip(c, message)
+			if err != nil {
+				failed.Add(1)
+			}
+			return err
+		})
+	})
+}
+
+func trip(c net.Conn, message []byte) error {
+	if _, err := c.Write(message); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, message)
+	return err
+}
+
+// down reads so many bytes over several connections.
+func down(address string, volume int64, failed *atomic.Int64) {
+	transfer(address, failed, func(c *net.TCPConn) error {
+		buf := make([]byte, 256<<10)
+		for left := volume / streams; left > 0; {
+			n, err := c.Read(buf)
+			if err != nil {
+				return err
+			}
+			left -= int64(n)
+		}
+		return nil
+	})
+}
+
+// up writes so many bytes over several connections, until they have arrived.
+func up(address string, volume int64, failed *atomic.Int64) {
+	transfer(address, failed, func(c *net.TCPConn) error {
+		buf := make([]byte, 256<<10)
+		for left := volume / streams; left > 0; left -= int64(len(buf)) {
+			if _, err := c.Write(buf); err != nil {
+				return err
+			}
+		}
+		if err := c.CloseWrite(); err != nil {
+			return err
+		}
+		_, err := io.ReadFull(c, buf[:1])
+		return err
+	})
+}
+
+func transfer(address string, failed *atomic.Int64, stream func(*net.TCPConn) error) {
+	var wg sync.WaitGroup
+	for range streams {
+		wg.Go(func() {
+			c, err := net.Dial("tcp", address)
+			if err == nil {
+				err = stream(c.(*net.TCPConn))
+				_ = c.Close()
+			}
+			if err != nil {
+				failed.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// idle opens n connections, has one message back on each, and returns what each
+// holds in bytes and files while nothing happens.
+func idle(p *process, address string, n int, failed *atomic.Int64) (memory, files float64, err error) {
+	time.Sleep(settle)
+	memoryBefore, err := p.resident()
+	if err != nil {
+		return 0, 0, err
+	}
+	filesBefore, err := p.files()
+	if err != nil {
+		return 0, 0, err
+	}
+	message := make([]byte, messageSize)
+	for range n {
+		c, err := net.Dial("tcp", address)
+		if err != nil {
+			return 0, 0, fmt.Errorf("opening idle connections: %w", err)
+		}
+		defer c.Close()
+		if trip(c, message) != nil {
+			failed.Add(1)
+		}
+	}
+	time.Sleep(settle)
+	memoryAfter, err := p.resident()
+	if err != nil {
+		return 0, 0, err
+	}
+	filesAfter, err := p.files()
+	return (memoryAfter - memoryBefore) / float64(n), (filesAfter - filesBefore) / float64(n), err
+}
