@@ -50,7 +50,7 @@ type dialFunc func(ctx context.Context, t target, timeout time.Duration) (net.Co
 // in particular: a port taken by bind serves one connection only, one taken by
 // connect serves one to each destination.
 func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn, error) {
-	d := net.Dialer{Timeout: timeout, Resolver: &resolver}
+	d := net.Dialer{Timeout: timeout, Resolver: &resolver, KeepAlive: -1} // see keepAliveAfter
 	if t.unix != "" {
 		return d.DialContext(ctx, "unix", t.unix)
 	}

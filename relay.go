@@ -27,10 +27,11 @@ type relay struct {
 
 	// Idle time is measured from lastActive, by one timer that is not touched
 	// while bytes move.
-	idleTimeout time.Duration
-	lastActive  atomic.Int64 // see clock
-	idleMu      sync.Mutex
-	idle        *time.Timer // guarded by idleMu
+	idleTimeout time.Duration // 0 = never
+	lastActive  atomic.Int64  // see clock
+	timerMu     sync.Mutex
+	timer       *time.Timer // guarded by timerMu
+	keepsAlive  bool        // for the timer's function only
 }
 
 // side is one of the two connections.
@@ -137,13 +138,15 @@ func unwrap(conn net.Conn) net.Conn {
 // run relays until both ways have ended and returns why. The connections are
 // left for the caller to close.
 func (r *relay) run() reason {
+	first := keepAliveAfter
 	if r.idleTimeout > 0 {
 		r.touch()
-		r.idleMu.Lock()
-		r.idle = time.AfterFunc(r.idleTimeout, r.checkIdle)
-		r.idleMu.Unlock()
-		defer r.idle.Stop()
+		first = min(first, r.idleTimeout)
 	}
+	r.timerMu.Lock()
+	r.timer = time.AfterFunc(first, r.onTimer)
+	r.timerMu.Unlock()
+	defer r.timer.Stop()
 	done := make(chan struct{})
 	// Ends with the connections, as the other direction does; waited for below.
 	go r.runDown(done)
@@ -171,7 +174,8 @@ func (r *relay) runDirection(d *direction) {
 	case err == nil && !d.src.lost.Load() && !d.srcLost():
 		d.src.finished.Store(true)
 		r.conclude(d.src.closed)
-		if d.dst.writeCloser != nil {
+		// Where the other way has ended before, both are closed right away.
+		if d.dst.writeCloser != nil && !d.dst.finished.Load() {
 			_ = d.dst.writeCloser.CloseWrite()
 		}
 	case errors.Is(err, net.ErrClosed):
@@ -246,16 +250,29 @@ func (r *relay) cut(why reason) {
 
 func (r *relay) touch() { r.lastActive.Store(clock()) }
 
-// checkIdle runs on the idle timer.
-func (r *relay) checkIdle() {
+// keepAliveAfter is the age at which a connection to a backend begins to be
+// probed when it is silent. It takes four system calls, and the kernel would
+// not have sent the first probe before.
+const keepAliveAfter = 15 * time.Second
+
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 15 * time.Second, Count: 9}
+
+// onTimer ends the connection if it was idle for too long.
+func (r *relay) onTimer() {
 	rest := r.idleTimeout - time.Duration(clock()-r.lastActive.Load())
-	if rest <= 0 {
+	if r.idleTimeout > 0 && rest <= 0 {
 		r.cut(reasonIdleTimeout)
 		return
 	}
-	r.idleMu.Lock()
-	r.idle.Reset(rest)
-	r.idleMu.Unlock()
+	if c, ok := r.backend.base.(*net.TCPConn); ok && !r.keepsAlive {
+		_ = c.SetKeepAliveConfig(keepAlive) // fails if it is closed by now
+	}
+	r.keepsAlive = true
+	if r.idleTimeout > 0 {
+		r.timerMu.Lock()
+		r.timer.Reset(rest)
+		r.timerMu.Unlock()
+	}
 }
 
 // abort resets the connection once the peer has acknowledged all that was

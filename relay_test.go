@@ -291,13 +291,13 @@ func TestRelayIdleTimeoutCountsFromTheLastByte(t *testing.T) {
 	write(t, r.client, "x")
 	expect(t, r.backend, "x")
 	eventually(t, func() bool { return r.received.Load() == 1 }, "the byte is counted")
-	r.relay.checkIdle() // as if the timer, set an hour ago, fired now
+	r.relay.onTimer() // as if the timer, set an hour ago, fired now
 	write(t, r.backend, "still open")
 	expect(t, r.client, "still open")
 
 	eventually(t, func() bool { return r.sent.Load() == 10 }, "and these")
 	r.relay.lastActive.Store(clock() - int64(time.Hour))
-	r.relay.checkIdle()
+	r.relay.onTimer()
 	require.Equal(t, reasonIdleTimeout, r.reason(t))
 }
 

@@ -64,8 +64,8 @@ func balancers(dir string, b *backends) []balancer {
 	add("tcp_lb", *caddy, "tcp_lb.json", tcpLB("tcp_lb/"), "run", "--config", "FILE")
 	add("tcp_lb on :port", *caddy, "tcp_lb-plain.json", tcpLB(""), "run", "--config", "FILE")
 	add(baseline, *caddy, "proxy.json", caddyProxy, "run", "--config", "FILE")
-	add("HAProxy", "haproxy", "haproxy.cfg", haproxy(""), "-db", "-q", "-f", "FILE")
-	add("HAProxy splice", "haproxy", "haproxy-splice.cfg", haproxy("option splice-auto"), "-db", "-q", "-f", "FILE")
+	add("HAProxy", "haproxy", "haproxy.cfg", haproxy(""), "-db", "-f", "FILE")
+	add("HAProxy splice", "haproxy", "haproxy-splice.cfg", haproxy("option splice-auto"), "-db", "-f", "FILE")
 	add("nginx", "nginx", "nginx.conf", nginx(dir), "-p", dir, "-c", "FILE")
 	return list
 }
@@ -124,7 +124,7 @@ func caddyProxy(services []service) string {
 
 func haproxy(option string) func([]service) string {
 	return func(services []service) string {
-		config := "global\n\tmaxconn 8000\ndefaults\n\tmode tcp\n\t" + option + "\n" +
+		config := "global\n\tmaxconn 6000\ndefaults\n\tmode tcp\n\t" + option + "\n" +
 			"\ttimeout connect 3s\n\ttimeout client 1h\n\ttimeout server 1h\n"
 		for _, s := range services {
 			config += fmt.Sprintf("listen %s\n\tbind %s\n\tbalance roundrobin\n", s.name, s.listen)

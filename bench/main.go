@@ -51,8 +51,8 @@ func run() error {
 	if *caddy == "" {
 		*caddy = filepath.Join(dir, "caddy")
 		fmt.Fprintln(os.Stderr, "building Caddy")
-		if err := command("go", "build", "-o", *caddy, "./cmd/caddy").Run(); err != nil {
-			return fmt.Errorf("building cmd/caddy: %w", err)
+		if out, err := command("go", "build", "-o", *caddy, "./cmd/caddy").CombinedOutput(); err != nil {
+			return fmt.Errorf("building cmd/caddy: %w\n%s", err, out)
 		}
 	}
 	backends, err := startBackends()

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"net"
 	"os"
@@ -15,10 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// command prepares a program whose complaints are shown.
+// command prepares a program.
 func command(name string, args ...string) *exec.Cmd {
 	c := exec.Command(name, args...)
-	c.Stderr = os.Stderr
 	// It ends with this process, whatever ends that.
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return c
@@ -28,14 +28,15 @@ func command(name string, args ...string) *exec.Cmd {
 type process struct {
 	cmd  *exec.Cmd
 	done chan struct{}
+	log  bytes.Buffer // to be read when done
 }
 
 func startProcess(cmd *exec.Cmd) (*process, error) {
-	cmd.Stderr = nil // a log line for each start and stop would be in the way
+	p := &process{cmd: cmd, done: make(chan struct{})}
+	cmd.Stderr = &p.log
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	p := &process{cmd: cmd, done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
 		_ = cmd.Wait()
@@ -56,7 +57,7 @@ func (p *process) listens(address string) error {
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("it ended: %s", p.cmd.ProcessState)
+			return fmt.Errorf("it ended: %s\n%s", p.cmd.ProcessState, p.log.String())
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
