@@ -7,10 +7,13 @@ import (
 )
 
 const (
-	// pipeSize in bytes holds a good part of a socket's receive queue. A pipe
-	// has one slot a page, and a segment from a network card takes a slot: the
-	// default of 16 would be 23 KB of those.
-	pipeSize = 256 << 10
+	// pipeSize in bytes holds a whole receive queue, so that a wake-up moves
+	// all there is: a quarter of it costs half as much processor time again.
+	// Pipes take memory for what they hold only.
+	pipeSize = 1 << 20
+	// smallPipeSize is for users whose pipes exceed a sum; the kernel's default
+	// of 64 KB may be but 23 KB, as each segment from a network card takes a page.
+	smallPipeSize = 256 << 10
 	// sparePipes is how many empty pipes are kept.
 	sparePipes = 32
 )
@@ -44,8 +47,11 @@ func (pp *pipePool) get() *pipe {
 		files.release(filesPerPipe)
 		return nil
 	}
-	// Past a per-user sum the kernel refuses, and a small pipe serves.
-	_, _ = unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
+	for _, size := range []int{pipeSize, smallPipeSize} {
+		if _, err := unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, size); err == nil {
+			break // else any size serves
+		}
+	}
 	return &pipe{r: fds[0], w: fds[1]}
 }
 

@@ -27,6 +27,7 @@ var (
 	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
 	scale  = flag.Float64("scale", 1, "factor on the amount of work")
 	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
+	kinds  = flag.String("work", "", "comma-separated kinds of work, of idle, short, trips and bulk; all if empty")
 	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
 )
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,39 +22,51 @@ const (
 
 func scaled(n int) int { return max(clients, int(float64(n)**scale)) }
 
+// chosen reports whether the kind of work is to be done.
+func chosen(kind string) bool {
+	return *kinds == "" || slices.Contains(strings.Split(*kinds, ","), kind)
+}
+
 // workAll does all kinds of work through the balancer and returns the metrics.
 func workAll(p *process, b balancer) ([]float64, error) {
 	var failed atomic.Int64
 	short(b.echo, clients, &failed) // what is needed once is not measured
 
-	connections, trips := scaled(20_000), scaled(200_000)
-	volume := int64(2e9 * *scale)
+	connections, trips, volume := 0, 0, int64(0)
 	var shortTimes, tripTimes []time.Duration
-	idleMemory, idleFiles, err := idle(p, b.echo, scaled(4_000), &failed)
-	if err != nil {
-		return nil, err
+	var shortCPU, tripCPU, downCPU, upCPU, idleMemory, idleFiles float64
+	var err error
+	if chosen("idle") {
+		if idleMemory, idleFiles, err = idle(p, b.echo, scaled(4_000), &failed); err != nil {
+			return nil, err
+		}
 	}
-	shortCPU, err := p.during(func() { shortTimes = short(b.echo, connections, &failed) })
-	if err != nil {
-		return nil, err
+	if chosen("short") {
+		connections = scaled(20_000)
+		if shortCPU, err = p.during(func() { shortTimes = short(b.echo, connections, &failed) }); err != nil {
+			return nil, err
+		}
 	}
-	tripCPU, err := p.during(func() { tripTimes = roundTrips(b.echo, trips, &failed) })
-	if err != nil {
-		return nil, err
+	if chosen("trips") {
+		trips = scaled(200_000)
+		if tripCPU, err = p.during(func() { tripTimes = roundTrips(b.echo, trips, &failed) }); err != nil {
+			return nil, err
+		}
 	}
-	downCPU, err := p.during(func() { down(b.source, volume, &failed) })
-	if err != nil {
-		return nil, err
-	}
-	upCPU, err := p.during(func() { up(b.sink, volume, &failed) })
-	if err != nil {
-		return nil, err
+	if chosen("bulk") {
+		volume = int64(2e9 * *scale)
+		if downCPU, err = p.during(func() { down(b.source, volume, &failed) }); err != nil {
+			return nil, err
+		}
+		if upCPU, err = p.during(func() { up(b.sink, volume, &failed) }); err != nil {
+			return nil, err
+		}
 	}
 	return []float64{
-		shortCPU * 1e6 / float64(connections),
-		tripCPU * 1e6 / float64(trips),
-		downCPU * 1e9 / float64(volume),
-		upCPU * 1e9 / float64(volume),
+		shortCPU * 1e6 / float64(max(1, connections)),
+		tripCPU * 1e6 / float64(max(1, trips)),
+		downCPU * 1e9 / float64(max(1, volume)),
+		upCPU * 1e9 / float64(max(1, volume)),
 		idleMemory / 1024,
 		idleFiles,
 		percentile(shortTimes, 50), percentile(shortTimes, 99),
