@@ -168,7 +168,7 @@ func (g *generation) serve(cx *layer4.Connection) {
 		s.end(reasonDrainTimeout)
 	}
 	rec.why = s.relay.run()
-	rec.received, rec.sent = s.relay.up.moved, s.relay.down.moved
+	rec.received, rec.sent = s.relay.up.moved.Load(), s.relay.down.moved.Load()
 }
 
 // admit counts the connection against the limits.

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"errors"
 	"io"
+	"math"
 	"net"
 	"reflect"
 	"runtime/debug"
@@ -25,13 +26,13 @@ type relay struct {
 
 	why atomic.Uint32 // reason; see conclude
 
-	// Idle time is measured from lastActive, by one timer that is not touched
-	// while bytes move.
+	// One timer looks now and then whether bytes have moved, so that moving them
+	// costs no look at the clock.
 	idleTimeout time.Duration // 0 = never
-	lastActive  atomic.Int64  // see clock
 	timerMu     sync.Mutex
 	timer       *time.Timer // guarded by timerMu
-	keepsAlive  bool        // for the timer's function only
+	idle        idleTime    // for the timer's function only, as keepsAlive
+	keepsAlive  bool
 }
 
 // side is one of the two connections.
@@ -61,7 +62,7 @@ type direction struct {
 	pending    func() bool // whether prefetched has any left
 
 	total *atomic.Uint64 // live count of whoever keeps the books
-	moved uint64         // this direction's own; read it when the relay is over
+	moved atomic.Uint64  // this direction's own
 	pump  pump           // how bytes are moved from bare socket to bare socket
 }
 
@@ -71,14 +72,9 @@ var (
 	errDestination = errors.New("destination")
 )
 
-// clock is a monotonic time in nanoseconds for measuring idle time.
-func clock() int64 { return int64(time.Since(clockBase)) }
-
-var clockBase = time.Now()
-
 // newRelay prepares a relay. Idle time begins here.
 func newRelay(client, backend net.Conn, idleTimeout time.Duration) *relay {
-	r := &relay{idleTimeout: idleTimeout}
+	r := &relay{idleTimeout: idleTimeout, idle: idleTime{since: time.Now()}}
 	r.client.init(client, reasonClientClosed, reasonClientReset)
 	r.backend.init(backend, reasonBackendClosed, reasonBackendReset)
 	r.up = direction{relay: r, src: &r.client, dst: &r.backend}
@@ -138,13 +134,8 @@ func unwrap(conn net.Conn) net.Conn {
 // run relays until both ways have ended and returns why. The connections are
 // left for the caller to close.
 func (r *relay) run() reason {
-	first := keepAliveAfter
-	if r.idleTimeout > 0 {
-		r.touch()
-		first = min(first, r.idleTimeout)
-	}
 	r.timerMu.Lock()
-	r.timer = time.AfterFunc(first, r.onTimer)
+	r.timer = time.AfterFunc(min(keepAliveAfter, r.idlePeriod()), r.onTimer)
 	r.timerMu.Unlock()
 	defer r.timer.Stop()
 	done := make(chan struct{})
@@ -248,8 +239,6 @@ func (r *relay) cut(why reason) {
 	r.backend.close()
 }
 
-func (r *relay) touch() { r.lastActive.Store(clock()) }
-
 // keepAliveAfter is the age at which a connection to a backend begins to be
 // probed when it is silent. It takes four system calls, and the kernel would
 // not have sent the first probe before.
@@ -257,10 +246,33 @@ const keepAliveAfter = 15 * time.Second
 
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 15 * time.Second, Count: 9}
 
+// idleTime finds out how long nothing has moved, from looks at a count.
+type idleTime struct {
+	since time.Time // of the first look that found this count
+	count uint64
+}
+
+// look returns how long the count has been the same, at least.
+func (i *idleTime) look(count uint64, now time.Time) time.Duration {
+	if count != i.count {
+		*i = idleTime{since: now, count: count}
+	}
+	return now.Sub(i.since)
+}
+
+// idlePeriod is the time between two looks. An idle connection ends no earlier
+// than its timeout after the last byte, and no later than a period after that.
+func (r *relay) idlePeriod() time.Duration {
+	if r.idleTimeout == 0 {
+		return math.MaxInt64
+	}
+	return max(r.idleTimeout/8, time.Millisecond)
+}
+
 // onTimer ends the connection if it was idle for too long.
 func (r *relay) onTimer() {
-	rest := r.idleTimeout - time.Duration(clock()-r.lastActive.Load())
-	if r.idleTimeout > 0 && rest <= 0 {
+	idle := r.idle.look(r.up.moved.Load()+r.down.moved.Load(), time.Now())
+	if r.idleTimeout > 0 && idle >= r.idleTimeout {
 		r.cut(reasonIdleTimeout)
 		return
 	}
@@ -270,7 +282,7 @@ func (r *relay) onTimer() {
 	r.keepsAlive = true
 	if r.idleTimeout > 0 {
 		r.timerMu.Lock()
-		r.timer.Reset(rest)
+		r.timer.Reset(r.idlePeriod())
 		r.timerMu.Unlock()
 	}
 }
@@ -301,9 +313,8 @@ func (s *side) close() {
 // count keeps the books for n bytes that were delivered.
 func (d *direction) count(n int) {
 	if n > 0 {
-		d.moved += uint64(n)
+		d.moved.Add(uint64(n))
 		d.total.Add(uint64(n))
-		d.relay.touch()
 	}
 }
 

@@ -36,134 +36,151 @@ type pump struct {
 	full     int  // buffers filled in a row
 	small    int  // small splices in a row
 
-	// What the last read brought: n bytes in buf or in pipe, or an error.
-	buf  *[bufferSize]byte
-	pipe *pipe
-	n    int
-	err  error
+	stuck int                // bytes in the pipe
+	pipe  *pipe              // while stuck
+	drain func(uintptr) bool // drainPipe; bound once, as each use would allocate
+	err   error              // how the direction ended; nil = end of file
 }
 
 // run relays until the source ends; see direction.move for its errors.
 func (p *pump) run(d *direction) error {
 	p.d = d
-	dst := d.dst.raw
-	p.noSplice = dst == nil        // a wrapper must see the bytes
-	read, drain := p.read, p.drain // bound once: each use would allocate
+	p.noSplice = d.dst.raw == nil // a wrapper must see the bytes
+	p.drain = p.drainPipe
+	if err := d.src.raw.Read(p.relayReadable); err != nil {
+		return sourceError(err)
+	}
+	return p.err
+}
+
+// step says how to go on.
+type step int
+
+const (
+	stepOn   step = iota // perhaps by other means
+	stepWait             // until the source is readable
+	stepEnd              // with the pump's err
+)
+
+// relayReadable is called with the source's descriptor whenever that may be
+// readable, and relays all there is. It returns false to wait for more.
+//
+// It is one call of RawConn.Read for all of a direction, as each would clear
+// the poller's memory of what has become readable.
+func (p *pump) relayReadable(fd uintptr) (done bool) {
+	next := stepOn
+	for next == stepOn {
+		if pp := p.bulkPipe(); pp != nil {
+			next = p.splice(int(fd), pp)
+		} else {
+			next = p.copy(int(fd))
+		}
+	}
+	return next == stepEnd
+}
+
+// bulkPipe returns a pipe where one is of use and to be had.
+func (p *pump) bulkPipe() *pipe {
+	if !p.bulk || p.noSplice {
+		return nil
+	}
+	return pipes.get()
+}
+
+// copy relays through a buffer.
+func (p *pump) copy(fd int) step {
+	buf := buffers.Get().(*[bufferSize]byte)
+	defer buffers.Put(buf)
 	for {
-		if err := d.src.raw.Read(read); err != nil {
-			return sourceError(err)
-		}
-		var err error
+		n, err := retry(func() (int, error) { return unix.Read(fd, buf[:]) })
 		switch {
-		case p.err != nil:
-			return sourceError(p.err)
-		case p.pipe != nil:
-			d.relay.touch()
-			if werr := dst.Write(drain); werr != nil {
-				p.err = werr
+		case n > 0:
+			if p.err = p.d.write(buf[:n]); p.err != nil {
+				return stepEnd
 			}
-			p.dropPipe()
-			if p.err != nil {
-				err = destinationError(p.err)
+			if n < bufferSize {
+				p.full = 0
+			} else if p.full++; p.full >= bulkAfter && !p.noSplice {
+				p.bulk = true
+				return stepOn
 			}
-		case p.buf != nil:
-			err = d.write(p.buf[:p.n])
-			p.dropBuffer()
+		case err == unix.EAGAIN:
+			return stepWait
+		case err != nil:
+			p.err = sourceError(err)
+			return stepEnd
 		default:
-			return nil // end of file
-		}
-		if err != nil {
-			return err
+			return stepEnd // end of file
 		}
 	}
 }
 
-// read is called with the source's descriptor whenever it may be readable, and
-// returns false to wait for that.
-func (p *pump) read(fd uintptr) bool {
-	p.n, p.err = 0, nil
-	if p.bulk && !p.noSplice {
-		if p.pipe = pipes.get(); p.pipe != nil {
-			return p.splice(int(fd))
+// splice relays through the pipe, which is empty.
+func (p *pump) splice(fd int, pp *pipe) step {
+	for {
+		n, err := spliceOnce(fd, pp.w, spliceMax)
+		switch {
+		case n > 0:
+			if p.err = p.emptyPipe(pp, n); p.err != nil {
+				pipes.discard(pp) // bytes are stuck in it
+				return stepEnd
+			}
+			if n >= smallSplice {
+				p.small = 0
+			} else if p.small++; p.small >= smallAfter {
+				p.bulk, p.full, p.small = false, 0, 0
+				pipes.put(pp)
+				return stepOn
+			}
+			continue
+		case err == unix.EINVAL:
+			p.noSplice = true
+			pipes.put(pp)
+			return stepOn
+		case err == unix.EAGAIN:
+			pipes.put(pp)
+			return stepWait
+		case err != nil:
+			p.err = sourceError(err)
 		}
+		pipes.put(pp)
+		return stepEnd
 	}
-	p.buf = buffers.Get().(*[bufferSize]byte)
-	n, err := retry(func() (int, error) { return unix.Read(int(fd), p.buf[:]) })
-	if n > 0 {
-		p.n = n
-		p.full++
-		if n < bufferSize {
-			p.full = 0
-		}
-		p.bulk = p.full >= bulkAfter
-		return true
-	}
-	p.dropBuffer()
-	if err == unix.EAGAIN {
-		return false
-	}
-	p.err = err
-	return true
 }
 
-// splice moves bytes from the source into the pipe, which is empty.
-func (p *pump) splice(fd int) bool {
-	n, err := spliceOnce(fd, p.pipe.w, spliceMax)
-	if n > 0 {
-		p.n = n
-		if n >= smallSplice {
-			p.small = 0
-		} else if p.small++; p.small >= smallAfter {
-			p.bulk, p.full, p.small = false, 0, 0
-		}
-		return true
+// emptyPipe delivers the n bytes in the pipe.
+func (p *pump) emptyPipe(pp *pipe, n int) error {
+	p.pipe, p.stuck = pp, n
+	err := p.d.dst.raw.Write(p.drain)
+	if err == nil {
+		err = p.err
 	}
-	p.dropPipe()
-	switch {
-	case err == unix.EAGAIN:
-		return false
-	case err == unix.EINVAL:
-		p.noSplice = true
-		return p.read(uintptr(fd))
+	p.pipe, p.stuck, p.err = nil, 0, nil
+	if err != nil {
+		return destinationError(err)
 	}
-	p.err = err
-	return true
+	return nil
 }
 
-// drain is called with the destination's descriptor whenever it may be
+// drainPipe is called with the destination's descriptor whenever that may be
 // writable, until the pipe is empty or the destination fails.
-func (p *pump) drain(fd uintptr) bool {
-	for p.n > 0 {
-		n, err := spliceOnce(p.pipe.r, int(fd), p.n)
-		if err == unix.EAGAIN {
+func (p *pump) drainPipe(fd uintptr) (done bool) {
+	for p.stuck > 0 {
+		n, err := spliceOnce(p.pipe.r, int(fd), p.stuck)
+		switch {
+		case err == unix.EAGAIN:
 			return false
-		}
-		if err == nil && n == 0 {
+		case err == nil && n == 0:
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil {
 			p.err = err
 			return true
 		}
-		p.n -= n
+		p.stuck -= n
 		p.d.count(n)
 	}
 	return true
-}
-
-func (p *pump) dropBuffer() {
-	buffers.Put(p.buf)
-	p.buf = nil
-}
-
-// dropPipe gives the pipe back, or closes it when bytes are stuck in it.
-func (p *pump) dropPipe() {
-	if p.n > 0 {
-		pipes.discard(p.pipe)
-	} else {
-		pipes.put(p.pipe)
-	}
-	p.pipe = nil
 }
 
 func spliceOnce(from, to, limit int) (int, error) {

@@ -35,7 +35,6 @@ func TestRelayKeepsOldConnectionsAlive(t *testing.T) {
 	for _, idleTimeout := range []time.Duration{0, time.Hour} {
 		r := newRelay(near, conn, idleTimeout)
 		r.timer = time.NewTimer(time.Hour)
-		r.touch()
 		r.onTimer()
 		for _, o := range keepAliveOptions {
 			require.Equal(t, o.value, socketOptionOf(t, backend, o))

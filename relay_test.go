@@ -225,7 +225,7 @@ func TestRelayLongStreamsBothWays(t *testing.T) {
 			require.True(t, r.reason(t).orderly())
 			require.EqualValues(t, size, r.received.Load())
 			require.EqualValues(t, size, r.sent.Load())
-			require.EqualValues(t, size, r.relay.up.moved)
+			require.EqualValues(t, size, r.relay.up.moved.Load())
 		})
 	}
 }
@@ -255,7 +255,7 @@ func TestRelayMixedSizes(t *testing.T) {
 	require.NoError(t, r.client.Close())
 	require.NoError(t, r.backend.Close())
 	require.True(t, r.reason(t).orderly())
-	require.Equal(t, r.received.Load(), r.relay.up.moved)
+	require.Equal(t, r.received.Load(), r.relay.up.moved.Load())
 }
 
 // A reader that never reads stops the writer, and takes no more than the
@@ -285,19 +285,36 @@ func TestRelayIdleTimeout(t *testing.T) {
 	require.Equal(t, reasonIdleTimeout, r.reason(t))
 }
 
-// The timer is not touched while bytes move: it looks when the last ones did.
+func TestIdleTime(t *testing.T) {
+	start := time.Now()
+	at := func(s int) time.Time { return start.Add(time.Duration(s) * time.Second) }
+	i := idleTime{since: start}
+	require.Equal(t, 5*time.Second, i.look(0, at(5)))
+	require.Zero(t, i.look(10, at(8)), "something has moved since the last look")
+	require.Zero(t, i.look(11, at(9)))
+	require.Equal(t, 3*time.Second, i.look(11, at(12)))
+	require.Zero(t, i.look(12, at(13)))
+}
+
+// A connection on which something moves now and then is not idle.
 func TestRelayIdleTimeoutCountsFromTheLastByte(t *testing.T) {
 	r := startRelay(t, time.Hour, nil)
+	passes := func(d time.Duration) { // as if so much time had passed
+		r.relay.timerMu.Lock()
+		r.relay.idle.since = r.relay.idle.since.Add(-d)
+		r.relay.timerMu.Unlock()
+		r.relay.onTimer()
+	}
 	write(t, r.client, "x")
 	expect(t, r.backend, "x")
 	eventually(t, func() bool { return r.received.Load() == 1 }, "the byte is counted")
-	r.relay.onTimer() // as if the timer, set an hour ago, fired now
+	passes(50 * time.Minute)
+	passes(50 * time.Minute) // of which it has been idle for 50
 	write(t, r.backend, "still open")
 	expect(t, r.client, "still open")
-
 	eventually(t, func() bool { return r.sent.Load() == 10 }, "and these")
-	r.relay.lastActive.Store(clock() - int64(time.Hour))
-	r.relay.onTimer()
+	passes(50 * time.Minute)
+	passes(time.Hour)
 	require.Equal(t, reasonIdleTimeout, r.reason(t))
 }
 
