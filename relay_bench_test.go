@@ -37,9 +37,10 @@ func BenchmarkRelayRoundTrip(b *testing.B) {
 func BenchmarkRelayBulk(b *testing.B) {
 	client, backend := relayPair(b)
 	const size = 1 << 20
+	zeros := make([]byte, size)
 	go func() {
 		for err := error(nil); err == nil; {
-			_, err = backend.Write(make([]byte, size))
+			_, err = backend.Write(zeros)
 		}
 	}()
 	buf := make([]byte, size)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -36,17 +37,22 @@ type pump struct {
 	full     int  // buffers filled in a row
 	small    int  // small splices in a row
 
-	stuck int                // bytes in the pipe
-	pipe  *pipe              // while stuck
-	drain func(uintptr) bool // drainPipe; bound once, as each use would allocate
-	err   error              // how the direction ended; nil = end of file
+	err error // how the direction ended; nil = end of file
+
+	// What is on its way to a bare destination.
+	rest  []byte // in the buffer
+	stuck int    // bytes in the pipe
+	pipe  *pipe
+	werr  error
+	// Bound once, as each use would allocate.
+	drainBuffer, drainPipe func(uintptr) bool
 }
 
 // run relays until the source ends; see direction.move for its errors.
 func (p *pump) run(d *direction) error {
 	p.d = d
 	p.noSplice = d.dst.raw == nil // a wrapper must see the bytes
-	p.drain = p.drainPipe
+	p.drainBuffer, p.drainPipe = p.writeRest, p.spliceStuck
 	if err := d.src.raw.Read(p.relayReadable); err != nil {
 		return sourceError(err)
 	}
@@ -92,10 +98,10 @@ func (p *pump) copy(fd int) step {
 	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
 	for {
-		n, err := retry(func() (int, error) { return unix.Read(fd, buf[:]) })
+		n, err := readNow(fd, buf[:])
 		switch {
 		case n > 0:
-			if p.err = p.d.write(buf[:n]); p.err != nil {
+			if p.err = p.deliver(buf[:n]); p.err != nil {
 				return stepEnd
 			}
 			if n < bufferSize {
@@ -148,23 +154,51 @@ func (p *pump) splice(fd int, pp *pipe) step {
 	}
 }
 
-// emptyPipe delivers the n bytes in the pipe.
-func (p *pump) emptyPipe(pp *pipe, n int) error {
-	p.pipe, p.stuck = pp, n
-	err := p.d.dst.raw.Write(p.drain)
-	if err == nil {
-		err = p.err
+// deliver writes the bytes to the destination.
+func (p *pump) deliver(b []byte) error {
+	if p.d.dst.raw == nil { // a wrapper
+		return p.d.write(b)
 	}
-	p.pipe, p.stuck, p.err = nil, 0, nil
+	p.rest = b
+	err := errors.Join(p.d.dst.raw.Write(p.drainBuffer), p.werr)
+	p.rest, p.werr = nil, nil
 	if err != nil {
 		return destinationError(err)
 	}
 	return nil
 }
 
-// drainPipe is called with the destination's descriptor whenever that may be
-// writable, until the pipe is empty or the destination fails.
-func (p *pump) drainPipe(fd uintptr) (done bool) {
+// writeRest is called with the destination's descriptor whenever that may be
+// writable, until all of the buffer is written or the destination fails.
+func (p *pump) writeRest(fd uintptr) (done bool) {
+	for len(p.rest) > 0 {
+		n, err := writeNow(int(fd), p.rest)
+		switch {
+		case err == unix.EAGAIN:
+			return false
+		case err != nil:
+			p.werr = err
+			return true
+		}
+		p.rest = p.rest[n:]
+		p.d.count(n)
+	}
+	return true
+}
+
+// emptyPipe delivers the n bytes in the pipe.
+func (p *pump) emptyPipe(pp *pipe, n int) error {
+	p.pipe, p.stuck = pp, n
+	err := errors.Join(p.d.dst.raw.Write(p.drainPipe), p.werr)
+	p.pipe, p.stuck, p.werr = nil, 0, nil
+	if err != nil {
+		return destinationError(err)
+	}
+	return nil
+}
+
+// spliceStuck is to the pipe what writeRest is to the buffer.
+func (p *pump) spliceStuck(fd uintptr) (done bool) {
 	for p.stuck > 0 {
 		n, err := spliceOnce(p.pipe.r, int(fd), p.stuck)
 		switch {
@@ -174,13 +208,32 @@ func (p *pump) drainPipe(fd uintptr) (done bool) {
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil {
-			p.err = err
+			p.werr = err
 			return true
 		}
 		p.stuck -= n
 		p.d.count(n)
 	}
 	return true
+}
+
+// readNow and writeNow are read(2) and write(2) on a descriptor that does not
+// block. They don't tell Go's scheduler of the call, which it would take for
+// one that may last: on a busy machine it then gives the processor away and back.
+func readNow(fd int, b []byte) (int, error)  { return callNow(unix.SYS_READ, fd, b) }
+func writeNow(fd int, b []byte) (int, error) { return callNow(unix.SYS_WRITE, fd, b) }
+
+func callNow(trap uintptr, fd int, b []byte) (int, error) {
+	for {
+		n, _, errno := unix.RawSyscall(trap, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
 }
 
 func spliceOnce(from, to, limit int) (int, error) {
