@@ -50,6 +50,7 @@ type stats struct {
 
 	checksPassed, checksFailed atomic.Uint64
 	turnedUp, turnedDown       atomic.Uint64
+	turnedAt                   atomic.Int64 // Unix nanoseconds of the last of those; 0 = none yet
 
 	dialTime  histogram
 	checkTime histogram

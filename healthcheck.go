@@ -208,6 +208,7 @@ func (c *checker) judge(ctx context.Context, err error, took time.Duration) {
 // announce logs, counts and emits a transition.
 func (b *Backend) announce(ctx context.Context, g *generation, err error) {
 	event, data := "healthy", map[string]any{"lb": g.name, "backend": b.address}
+	b.stats.turnedAt.Store(time.Now().UnixNano())
 	if err == nil {
 		b.stats.turnedUp.Add(1)
 		g.logger.Info("backend is up", zap.String("lb", g.name), zap.String("backend", b.address))

@@ -230,7 +230,7 @@ func (k *bookkeeper) check(families []*dto.MetricFamily, mayEnd []string) {
 	books := make(map[string]float64) // opened less closed less active, by backend
 	for _, f := range families {
 		for _, m := range f.GetMetric() {
-			backend := m.GetLabel()[0].GetValue()
+			backend := labelValue(m, "backend")
 			series := f.GetName() + fmt.Sprint(m.GetLabel())
 			switch f.GetType() {
 			case dto.MetricType_COUNTER:

@@ -1,6 +1,8 @@
 package tcplb
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -27,7 +29,12 @@ var (
 	descRetries          = describe("retries_total", "Connects to another backend after one to this backend failed.")
 	descReceived         = describe("received_bytes_total", "Bytes received from clients and delivered to the backend.")
 	descSent             = describe("sent_bytes_total", "Bytes received from the backend and delivered to clients.")
-	allDescriptions      = []*prometheus.Desc{descHealthy, descWeight, descChecks, descCheckDuration, descTransitions, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent}
+	descTransitionTime   = describe("health_last_transition_timestamp_seconds", "Unix time of the last change of the backend's health; 0 = none yet.")
+	descPoolConnections  = prometheus.NewDesc("tcp_lb_pool_connections", "Connections that the pool is serving: open, connecting, or waiting for a backend.", []string{"lb"}, nil)
+	descPoolLimit        = prometheus.NewDesc("tcp_lb_pool_max_connections", "Connections that the pool serves at most: its max_connections, or what the process's files allow if that is less.", []string{"lb"}, nil)
+	descFiles            = prometheus.NewDesc("tcp_lb_open_files", "Files that the connections of all pools use.", nil, nil)
+	descFileLimit        = prometheus.NewDesc("tcp_lb_max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.", nil, nil)
+	allDescriptions      = []*prometheus.Desc{descHealthy, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit}
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError}
 )
 
@@ -40,8 +47,11 @@ func (collector) Describe(out chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (collector) Collect(out chan<- prometheus.Metric) {
+	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(max(0, files.used.Load()-spareFiles())))
+	out <- prometheus.MustNewConstMetric(descFileLimit, prometheus.GaugeValue, float64(files.limit))
 	for _, p := range registry.snapshot() {
 		m := emitter{out: out, lb: p.name}
+		m.pool(p.pool)
 		m.counter(descErrors, p.noBackend.Load(), "no_backend")
 		m.counter(descErrors, p.overLimit.Load(), "max_connections")
 		m.counter(descClosed, p.noBackend.Load(), reasonNoBackend.String())
@@ -60,6 +70,19 @@ type emitter struct {
 	lb, backend string
 }
 
+// pool sends how much of the pool's limit is used. A pool that no config has
+// any more has no limit.
+func (m *emitter) pool(p *pool) {
+	m.out <- prometheus.MustNewConstMetric(descPoolConnections, prometheus.GaugeValue, float64(p.active.Load()), m.lb)
+	if g := p.newest.Load(); g != nil {
+		limit := files.limit / filesPerConnection
+		if g.limit > 0 {
+			limit = min(limit, g.limit)
+		}
+		m.out <- prometheus.MustNewConstMetric(descPoolLimit, prometheus.GaugeValue, float64(limit), m.lb)
+	}
+}
+
 func (m *emitter) collect(b *Backend) {
 	s := &b.stats
 	opened, active, closed := s.connections()
@@ -74,6 +97,7 @@ func (m *emitter) collect(b *Backend) {
 	m.histogram(descCheckDuration, &s.checkTime)
 	m.counter(descTransitions, s.turnedUp.Load(), "up")
 	m.counter(descTransitions, s.turnedDown.Load(), "down")
+	m.gauge(descTransitionTime, float64(s.turnedAt.Load())/float64(time.Second))
 	m.counter(descConnections, opened)
 	m.gauge(descActive, float64(active))
 	for e, name := range dialErrorNames {

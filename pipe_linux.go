@@ -87,3 +87,10 @@ func freePipes() bool {
 	}
 	return len(spare) > 0
 }
+
+// spareFiles is how many files of the budget spare pipes have.
+func spareFiles() int64 {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	return int64(filesPerPipe * len(pipes.spare))
+}

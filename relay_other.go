@@ -17,6 +17,8 @@ func (*pump) run(*direction) error { panic("unreachable") }
 // freePipes has none to free here.
 func freePipes() bool { return false }
 
+func spareFiles() int64 { return 0 }
+
 // wasReset can't be told here: where a reset meets a write of the other
 // direction first, it may be passed on as an end of file.
 func wasReset(syscall.RawConn) bool { return false }

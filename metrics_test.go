@@ -1,0 +1,236 @@
+package tcplb
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/stretchr/testify/require"
+)
+
+// labelValue returns the value of the metric's label, "" if it has none.
+func labelValue(m *dto.Metric, name string) string {
+	for _, l := range m.GetLabel() {
+		if l.GetName() == name {
+			return l.GetValue()
+		}
+	}
+	return ""
+}
+
+func readFile(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	require.NoError(t, err)
+	return string(b)
+}
+
+// exposition is what a scrape of the collector alone returns.
+func exposition(t testing.TB) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	promhttp.HandlerFor(gathererOf(collector{}), promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	require.Equal(t, http.StatusOK, w.Code)
+	return w.Body.String()
+}
+
+// The README's reference names every metric, with its type and labels.
+func TestMetricsReference(t *testing.T) {
+	lb := startLB(t, "", namedServer(t, "a").address)
+	_, err := ask(lb)
+	require.NoError(t, err)
+	requireBooksBalance(t, 1)
+	families, err := gathererOf(collector{}).Gather()
+	require.NoError(t, err)
+	require.Len(t, families, len(allDescriptions))
+
+	documented := make(map[string]string)
+	for _, row := range regexp.MustCompile("(?m)^\\| `(tcp_lb_[a-z_]+)` \\| (.*)$").FindAllStringSubmatch(readFile(t, "README.md"), -1) {
+		require.NotContains(t, documented, row[1], "documented twice")
+		documented[row[1]] = row[2]
+	}
+	for _, f := range families {
+		row := documented[f.GetName()]
+		require.NotEmpty(t, row, "%s is not in the README", f.GetName())
+		require.True(t, strings.HasPrefix(row, strings.ToLower(f.GetType().String())+" |"), "%s: %s", f.GetName(), row)
+		for _, l := range f.GetMetric()[0].GetLabel() {
+			require.Contains(t, strings.Split(row, "|")[1], "`"+l.GetName()+"`", f.GetName())
+		}
+		delete(documented, f.GetName())
+	}
+	require.Empty(t, documented, "in the README, but not there")
+}
+
+func TestPoolConnectionsAndLimit(t *testing.T) {
+	a := echoServer(t)
+	lb := freeAddress(t)
+	config := func(limit string) string {
+		return lbConfig(lb, `"name":"web","max_connections":`+limit+`,`+backendsJSON(a.address)+"}")
+	}
+	runCaddy(t, config("3"))
+	web := labels("lb", "web")
+	require.EqualValues(t, 3, metric(t, "pool_max_connections", web))
+	require.Zero(t, metric(t, "pool_connections", web))
+	require.EqualValues(t, files.limit, metric(t, "max_open_files", nil))
+	free := metric(t, "open_files", nil)
+
+	first, second := dialClient(t, lb), dialClient(t, lb)
+	for _, c := range []*net.TCPConn{first, second} {
+		write(t, c, "x")
+		expect(t, c, "x")
+	}
+	require.EqualValues(t, 2, metric(t, "pool_connections", web))
+	require.EqualValues(t, free+2*filesPerConnection, metric(t, "open_files", nil))
+
+	reload(t, config("0"))
+	require.EqualValues(t, files.limit/filesPerConnection, metric(t, "pool_max_connections", web), "what the files allow")
+	require.EqualValues(t, 2, metric(t, "pool_connections", web), "over the reload")
+	reload(t, config("2000000000"))
+	require.LessOrEqual(t, metric(t, "pool_max_connections", web), float64(files.limit), "the process's bound always holds")
+
+	require.NoError(t, first.Close())
+	require.NoError(t, second.Close())
+	eventually(t, func() bool { return metric(t, "pool_connections", web) == 0 && metric(t, "open_files", nil) == free }, "both are given back")
+}
+
+func TestLastTransition(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNet()
+		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList("a:1") })
+		g.start()
+		defer g.stop()
+		at := func() time.Time {
+			return time.Unix(0, int64(metric(t, "health_last_transition_timestamp_seconds", labels("backend", "a:1"))*1e9))
+		}
+		synctest.Wait()
+		time.Sleep(time.Minute)
+		require.Zero(t, at().UnixNano(), "none yet")
+		f.fail("a:1", errRefused)
+		began := time.Now()
+		time.Sleep(time.Minute)
+		require.WithinRange(t, at(), began, began.Add(20*time.Second))
+		down := at()
+		f.fail("a:1", nil)
+		began = time.Now()
+		time.Sleep(time.Minute)
+		require.WithinRange(t, at(), began, began.Add(20*time.Second))
+		require.NotEqual(t, down, at())
+	})
+}
+
+// The bytes that are counted are those that clients sent and got, to the last.
+func TestBytesAddUp(t *testing.T) {
+	s := echoServer(t)
+	lb := startLB(t, "", s.address)
+	const clients = 20
+	var sent, got [clients]int
+	var wg sync.WaitGroup
+	for i := range clients {
+		wg.Go(func() {
+			c, err := net.Dial("tcp", lb)
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			payload := make([]byte, 1+i*7919) // up to 150 KB, from one read to many
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				sent[i], _ = c.Write(payload)
+				_ = c.(*net.TCPConn).CloseWrite()
+			}()
+			n, _ := io.Copy(io.Discard, c)
+			got[i] = int(n)
+			<-done
+		})
+	}
+	wg.Wait()
+	requireBooksBalance(t, clients)
+	sum := func(list [clients]int) (n int) {
+		for _, each := range list {
+			n += each
+		}
+		return n
+	}
+	require.EqualValues(t, clients+7919*clients*(clients-1)/2, sum(sent))
+	require.EqualValues(t, sum(sent), metric(t, "received_bytes_total", labels("backend", s.address)))
+	require.EqualValues(t, sum(got), metric(t, "sent_bytes_total", labels("backend", s.address)))
+}
+
+// A removed backend's series go with its last connection, the others' stay.
+func TestSeriesOfARemovedBackend(t *testing.T) {
+	a, b := echoServer(t), echoServer(t)
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig(lb, backendsJSON(a.address, b.address)+"}"))
+	conns := []*net.TCPConn{dialClient(t, lb), dialClient(t, lb)}
+	for _, c := range conns {
+		write(t, c, "x")
+		expect(t, c, "x")
+	}
+	reload(t, lbConfig(lb, backendsJSON(a.address)+"}"))
+	require.Contains(t, exposition(t), b.address, "it still has a connection")
+	require.Zero(t, metric(t, "backend_weight", labels("backend", b.address)))
+	for _, c := range conns {
+		require.NoError(t, c.Close())
+	}
+	eventually(t, func() bool { return !strings.Contains(exposition(t), b.address) }, "no series of it is left")
+	require.Contains(t, exposition(t), fmt.Sprintf(`tcp_lb_connections_total{backend=%q,lb="tcp_lb"} 1`, a.address))
+}
+
+// BenchmarkScrape is one scrape of a pool of backends, as text.
+func BenchmarkScrape(b *testing.B) {
+	for _, backends := range []int{10, 1000} {
+		b.Run(fmt.Sprintf("backends=%d", backends), func(b *testing.B) {
+			fillPool(b, backends)
+			r := prometheus.NewRegistry()
+			r.MustRegister(collector{})
+			scrape := promhttp.HandlerFor(r, promhttp.HandlerOpts{DisableCompression: true})
+			request := httptest.NewRequest(http.MethodGet, "/metrics", nil)
+			var out countingWriter
+			b.ReportAllocs()
+			for b.Loop() {
+				out = countingWriter{header: make(http.Header)}
+				scrape.ServeHTTP(&out, request)
+			}
+			b.ReportMetric(float64(out.n), "bytes/scrape")
+		})
+	}
+}
+
+// fillPool adds a pool with backends that nothing checks.
+func fillPool(b *testing.B, backends int) {
+	registry.mu.Lock()
+	defer registry.mu.Unlock()
+	p := registry.poolLocked("bench")
+	for i := range backends {
+		address := fmt.Sprintf("10.0.%d.%d:3001", i/256, i%256)
+		p.backends[address] = newBackend(p, address, target{})
+	}
+	b.Cleanup(func() {
+		registry.mu.Lock()
+		defer registry.mu.Unlock()
+		delete(registry.pools, "bench")
+	})
+}
+
+// countingWriter is a response that is only counted.
+type countingWriter struct {
+	header http.Header
+	n      int
+}
+
+func (w *countingWriter) Header() http.Header         { return w.header }
+func (w *countingWriter) WriteHeader(int)             {}
+func (w *countingWriter) Write(p []byte) (int, error) { w.n += len(p); return len(p), nil }
