@@ -1,0 +1,182 @@
+package tcplb
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/stretchr/testify/require"
+)
+
+// composeFile is what the tests look at of docker-compose.yaml.
+type composeFile struct {
+	Services map[string]composeService
+	Volumes  map[string]any
+}
+
+type composeService struct {
+	Build, Image string
+	Command      []string
+	Ports        []string
+	Volumes      []string
+	Environment  map[string]string
+	DependsOn    map[string]struct{ Condition string } `yaml:"depends_on"`
+	Healthcheck  struct{ Test []string }
+	Grace        string `yaml:"stop_grace_period"`
+	Sysctls      map[string]string
+	Ulimits      struct{ Nofile struct{ Soft, Hard int } }
+}
+
+func loadCompose(t testing.TB) composeFile {
+	t.Helper()
+	var c composeFile
+	decodeYAML(t, "docker-compose.yaml", &c)
+	return c
+}
+
+func TestCompose(t *testing.T) {
+	c := loadCompose(t)
+	require.ElementsMatch(t, []string{"balancer", "backend1", "backend2", "backend3", "prometheus", "grafana"}, slices.Collect(maps.Keys(c.Services)))
+	for service, ports := range map[string][]string{
+		"balancer":   {"8080:8080", "127.0.0.1:9090:9090"},
+		"backend1":   {"127.0.0.1:3001:3001"},
+		"backend2":   {"127.0.0.1:3002:3002"},
+		"backend3":   {"127.0.0.1:3003:3003"},
+		"prometheus": {"127.0.0.1:9091:9090"},
+		"grafana":    {"127.0.0.1:3000:3000"},
+	} {
+		require.Equal(t, ports, c.Services[service].Ports, service)
+	}
+	for service, after := range map[string][]string{
+		"balancer": {"backend1", "backend2", "backend3"}, "prometheus": {"balancer"}, "grafana": {"prometheus"},
+	} {
+		require.ElementsMatch(t, after, slices.Collect(maps.Keys(c.Services[service].DependsOn)), service)
+		for _, d := range c.Services[service].DependsOn {
+			require.Equal(t, "service_healthy", d.Condition, service)
+		}
+	}
+	for name, s := range c.Services {
+		if s.Build == "" {
+			require.Regexp(t, `:v?\d+\.\d+\.\d+$`, s.Image, "a pinned version")
+		}
+		if name != "balancer" { // whose check is the image's
+			require.NotEmpty(t, s.Healthcheck.Test, name)
+		}
+		for _, v := range s.Volumes {
+			from, _, _ := strings.Cut(v, ":")
+			if strings.HasPrefix(from, ".") {
+				_, err := os.Stat(from)
+				require.NoError(t, err, name)
+			} else {
+				require.Contains(t, c.Volumes, from, name)
+			}
+		}
+	}
+	balancer := c.Services["balancer"]
+	require.Greater(t, balancer.Ulimits.Nofile.Soft, 10_000)
+	require.Equal(t, map[string]string{"net.ipv4.tcp_migrate_req": "1"}, balancer.Sysctls)
+	require.Equal(t, "admin", c.Services["grafana"].Environment["GF_SECURITY_ADMIN_PASSWORD"])
+}
+
+// Docker must not kill the balancer while it drains.
+func TestComposeGracePeriod(t *testing.T) {
+	config, err := adapt(t, readFile(t, "docker/balancer/Caddyfile"))
+	require.NoError(t, err)
+	m := regexp.MustCompile(`\{[^{}]*"backends".*?"handler":"tcp_lb".*?"name":"demo"\}`).FindString(config)
+	var h Handler
+	require.NoError(t, json.Unmarshal([]byte(m), &h), config)
+	require.NoError(t, h.fill())
+	grace, err := time.ParseDuration(loadCompose(t).Services["balancer"].Grace)
+	require.NoError(t, err)
+	longest := time.Duration(*h.DrainTimeout) + time.Duration(len(h.Backends))*time.Duration(h.DialTimeout) + exitMargin
+	require.Greater(t, grace, longest)
+}
+
+func TestDockerfile(t *testing.T) {
+	text := readFile(t, "Dockerfile")
+	from := regexp.MustCompile(`(?m)^FROM (\S+)`).FindAllStringSubmatch(text, -1)
+	require.Len(t, from, 2)
+	for _, f := range from {
+		require.Regexp(t, `:\d+\.\d+\.\d+`, f[1], "a pinned version")
+	}
+	for _, line := range []string{
+		"COPY go.mod go.sum ./\nRUN go mod download\nCOPY . .\n", " -o /out/caddy ./cmd/caddy\n",
+		"\nUSER caddy\n", "http://127.0.0.1:9090/health",
+	} {
+		require.Contains(t, text, line)
+	}
+	for _, c := range regexp.MustCompile(`(?m)^COPY (docker/\S+)`).FindAllStringSubmatch(text, -1) {
+		require.FileExists(t, c[1])
+	}
+}
+
+// TestStack runs the configs of the stack, each backend in a process of its own
+// as in its container; only names and ports are others.
+func TestStack(t *testing.T) {
+	for _, file := range []string{"docker/balancer/Caddyfile", "docker/backend/Caddyfile"} {
+		text := readFile(t, filepath.FromSlash(file))
+		require.Equal(t, string(caddyfile.Format([]byte(text))), text, "as caddy fmt has it")
+		config, err := adapt(t, text)
+		require.NoError(t, err)
+		require.NoError(t, validate(t, config))
+	}
+	balancer := readFile(t, "docker/balancer/Caddyfile")
+	for i := 1; i <= 3; i++ {
+		service := loadCompose(t).Services[fmt.Sprintf("backend%d", i)]
+		require.Equal(t, []string{"run", "--config", "/etc/caddy-backend/Caddyfile"}, service.Command)
+		port := service.Environment["PORT"]
+		address := freeAddress(t)
+		for name, value := range service.Environment {
+			t.Setenv(name, value)
+		}
+		t.Setenv("PORT", address[strings.LastIndex(address, ":")+1:])
+		config, err := adapt(t, readFile(t, "docker/backend/Caddyfile"))
+		require.NoError(t, err)
+		startChild(t, config)
+		eventually(t, func() bool { return listens(address) }, "backend %d", i)
+		balancer = replaceOnce(t, balancer, fmt.Sprintf("backend%d:%s", i, port), address)
+
+		// What its health check asks for, without the balancer.
+		check := service.Healthcheck.Test
+		status, body := request(t, "GET", strings.Replace(check[len(check)-1], "127.0.0.1:"+port, address, 1), "")
+		require.Equal(t, 200, status)
+		require.Equal(t, fmt.Sprintf("backend-%d\n", i), body)
+	}
+	lb, metrics := freeAddress(t), freeAddress(t)
+	balancer = replaceOnce(t, balancer, "tcp_lb/:8080", "tcp_lb/"+lb)
+	balancer = replaceOnce(t, balancer, "http://:9090", "http://"+metrics)
+	config, err := adapt(t, replaceOnce(t, balancer, "{\n", "{\n\tadmin off\n\tpersist_config off\n"))
+	require.NoError(t, err)
+	require.NoError(t, caddy.Load([]byte(config), true))
+	t.Cleanup(func() { require.NoError(t, caddy.Stop()) })
+
+	for i := 1; i <= 3; i++ {
+		status, body := request(t, "GET", "http://"+lb+"/", "")
+		require.Equal(t, 200, status)
+		require.Equal(t, fmt.Sprintf("backend-%d\n", i), body)
+	}
+	c := dialClient(t, lb)
+	write(t, c, "test data\n")
+	require.NoError(t, c.CloseWrite())
+	expect(t, c, "test data\n")
+	expectEOF(t, c)
+	status, _ := request(t, "GET", "http://"+metrics+"/health", "")
+	require.Equal(t, 200, status)
+	_, body := request(t, "GET", "http://"+metrics+"/metrics", "")
+	require.Contains(t, body, `tcp_lb_connections_total{backend=`)
+}
+
+func replaceOnce(t testing.TB, text, old, replacement string) string {
+	t.Helper()
+	require.GreaterOrEqual(t, strings.Count(text, old), 1, old)
+	return strings.Replace(text, old, replacement, 1)
+}
