@@ -1,4 +1,5 @@
 GO ?= go
+COMPOSE ?= $(shell command -v docker-compose || echo docker compose)
 STATICCHECK_VERSION ?= v0.8.2
 SOAK ?= 10m
 SEED ?= 0
@@ -41,10 +42,10 @@ docker-build: ## Build the image
 	docker build -t caddy-tcp-lb .
 
 docker-up: ## Start the container stack
-	docker-compose up --build
+	$(COMPOSE) up --build
 
 docker-down: ## Stop the container stack
-	docker-compose down
+	$(COMPOSE) down
 
 clean: ## Remove what was built
 	rm -rf bin coverage.out coverage.html

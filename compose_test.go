@@ -57,6 +57,7 @@ func TestCompose(t *testing.T) {
 		require.Equal(t, ports, c.Services[service].Ports, service)
 	}
 	for service, after := range map[string][]string{
+		"backend1": nil, "backend2": {"backend1"}, "backend3": {"backend1"},
 		"balancer": {"backend1", "backend2", "backend3"}, "prometheus": {"balancer"}, "grafana": {"prometheus"},
 	} {
 		require.ElementsMatch(t, after, slices.Collect(maps.Keys(c.Services[service].DependsOn)), service)
@@ -65,7 +66,9 @@ func TestCompose(t *testing.T) {
 		}
 	}
 	for name, s := range c.Services {
-		if s.Build == "" {
+		if s.Image == "caddy-tcp-lb:local" {
+			require.Equal(t, name == "backend1", s.Build != "", "one builds it, after which the others start")
+		} else {
 			require.Regexp(t, `:v?\d+\.\d+\.\d+$`, s.Image, "a pinned version")
 		}
 		if name != "balancer" { // whose check is the image's
