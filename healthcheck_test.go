@@ -362,13 +362,15 @@ func TestChecksOffBringEveryBackendUp(t *testing.T) {
 		old.start()
 		synctest.Wait()
 		require.False(t, old.members[0].Backend.Available())
-		next, _ := testGeneration(t, f, func(h *Handler) {
+		next, logs := testGeneration(t, f, func(h *Handler) {
 			h.Backends = backendList(one, two)
 			h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Disabled: true}}
 		})
 		next.start()
 		old.stop()
 		require.True(t, next.members[0].Backend.Available())
+		require.EqualValues(t, 1, next.members[0].Backend.stats.turnedUp.Load(), "a transition like any other")
+		require.Equal(t, 1, logs.FilterMessage("backend is up").Len())
 		before := len(f.times(one)) + len(f.times(two))
 		time.Sleep(time.Minute)
 		require.Equal(t, before, len(f.times(one))+len(f.times(two)), "no probe any more")

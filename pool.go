@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"context"
 	"maps"
 	"slices"
 	"strings"
@@ -73,7 +74,6 @@ func (r *poolRegistry) poolLocked(name string) *pool {
 // start makes g the newest generation of its pool.
 func (r *poolRegistry) start(g *generation) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	p := r.poolLocked(g.name)
 	var prev Picker
 	if old := p.newest.Load(); old != nil {
@@ -95,7 +95,9 @@ func (r *poolRegistry) start(g *generation) {
 	p.generations = append(p.generations, g)
 	p.newest.Store(g)
 	g.inherit(prev)
-	r.settleLocked(p)
+	revived := r.settleLocked(p)
+	r.mu.Unlock()
+	announceRevived(g, revived)
 }
 
 // stop ends g. Backends that no generation names any more are drained. A
@@ -120,19 +122,28 @@ func (r *poolRegistry) stop(g *generation) {
 			b.startDraining(g.drainTimeout)
 		}
 	}
-	r.settleLocked(p)
+	revived := r.settleLocked(p)
+	newest := p.newest.Load()
 	for _, m := range g.members {
 		r.dropIfUnusedLocked(m.Backend)
 	}
 	ended := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
+	announceRevived(newest, revived)
 	if ended {
 		p.logEnd(p.gone)
 	}
 }
 
-// settleLocked makes weights and checkers what the newest generation says.
-func (r *poolRegistry) settleLocked(p *pool) {
+func announceRevived(g *generation, revived []*Backend) {
+	for _, b := range revived {
+		b.announce(context.Background(), g, nil)
+	}
+}
+
+// settleLocked makes weights and checkers what the newest generation says. It
+// returns the backends that this brought up, to be announced.
+func (r *poolRegistry) settleLocked(p *pool) (revived []*Backend) {
 	g := p.newest.Load()
 	members := make(map[*Backend]int)
 	if g != nil {
@@ -140,7 +151,6 @@ func (r *poolRegistry) settleLocked(p *pool) {
 			members[m.Backend] = m.Weight
 		}
 	}
-	revived := false
 	for _, b := range p.backends {
 		weight, ok := members[b]
 		b.weight.Store(int64(weight))
@@ -149,16 +159,19 @@ func (r *poolRegistry) settleLocked(p *pool) {
 			b.checkLocked(g)
 		case ok: // no checks: nothing could bring a down backend up again
 			b.stopCheckingLocked()
-			revived = !b.healthy.Swap(true) || revived
+			if !b.healthy.Swap(true) {
+				revived = append(revived, b)
+			}
 		case !b.used():
 			b.stopCheckingLocked()
 		}
 	}
-	if revived {
+	if len(revived) > 0 {
 		for _, g := range p.generations {
 			g.rebuild()
 		}
 	}
+	return revived
 }
 
 // adopt returns the backend that now stands for the address of b, which was
