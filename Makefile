@@ -5,7 +5,7 @@ SOAK ?= 10m
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test test-verbose test-coverage soak lint bench docker-build docker-up docker-down clean
+.PHONY: help build run test test-verbose test-coverage soak lint bench bench-parts docker-build docker-up docker-down clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,10 @@ lint: ## Check formatting, vet and staticcheck
 	$(GO) vet ./...
 	$(GO) run honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK_VERSION) ./...
 
-bench: ## Run the Go benchmarks
+bench: ## Compare with caddy-l4's proxy, and with HAProxy and nginx if installed
+	$(GO) run ./bench
+
+bench-parts: ## Run the Go benchmarks
 	$(GO) test -run '^$$' -bench . -benchmem .
 
 docker-build: ## Build the image
