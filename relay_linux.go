@@ -87,7 +87,7 @@ func (p *pump) relayReadable(fd uintptr) (done bool) {
 
 // bulkPipe returns a pipe where one is of use and to be had.
 func (p *pump) bulkPipe() *pipe {
-	if !p.bulk || p.noSplice {
+	if !p.bulk {
 		return nil
 	}
 	return pipes.get()
@@ -96,29 +96,34 @@ func (p *pump) bulkPipe() *pipe {
 // copy relays through a buffer.
 func (p *pump) copy(fd int) step {
 	buf := buffers.Get().(*[bufferSize]byte)
-	defer buffers.Put(buf)
-	for {
-		n, err := readNow(fd, buf[:])
-		switch {
-		case n > 0:
-			if p.err = p.deliver(buf[:n]); p.err != nil {
-				return stepEnd
-			}
-			if n < bufferSize {
-				p.full = 0
-			} else if p.full++; p.full >= bulkAfter && !p.noSplice {
-				p.bulk = true
-				return stepOn
-			}
-		case err == unix.EAGAIN:
-			return stepWait
-		case err != nil:
-			p.err = sourceError(err)
-			return stepEnd
-		default:
-			return stepEnd // end of file
-		}
+	next := p.copyOnce(fd, buf[:])
+	for next == stepOn && !p.bulk {
+		next = p.copyOnce(fd, buf[:])
 	}
+	buffers.Put(buf)
+	return next
+}
+
+func (p *pump) copyOnce(fd int, buf []byte) step {
+	n, err := readNow(fd, buf)
+	switch {
+	case n > 0:
+		if n < len(buf) {
+			p.full = 0
+		} else {
+			p.full++
+		}
+		p.bulk = p.full >= bulkAfter && !p.noSplice
+		if p.err = p.deliver(buf[:n]); p.err != nil {
+			return stepEnd
+		}
+		return stepOn
+	case err == unix.EAGAIN:
+		return stepWait
+	case err != nil:
+		p.err = sourceError(err)
+	}
+	return stepEnd // end of file, if there is no err
 }
 
 // splice relays through the pipe, which is empty.
@@ -140,7 +145,7 @@ func (p *pump) splice(fd int, pp *pipe) step {
 			}
 			continue
 		case err == unix.EINVAL:
-			p.noSplice = true
+			p.noSplice, p.bulk = true, false
 			pipes.put(pp)
 			return stepOn
 		case err == unix.EAGAIN:
@@ -160,12 +165,21 @@ func (p *pump) deliver(b []byte) error {
 		return p.d.write(b)
 	}
 	p.rest = b
-	err := errors.Join(p.d.dst.raw.Write(p.drainBuffer), p.werr)
-	p.rest, p.werr = nil, nil
-	if err != nil {
-		return destinationError(err)
+	return p.delivered(p.d.dst.raw.Write(p.drainBuffer))
+}
+
+// delivered returns what went wrong while writing to a bare destination. An
+// idle goroutine keeps the stack that it once needed, 2 KB as things are: the
+// functions on the way to a write are kept small.
+func (p *pump) delivered(err error) error {
+	if err == nil {
+		err = p.werr
 	}
-	return nil
+	p.rest, p.pipe, p.stuck, p.werr = nil, nil, 0, nil
+	if err == nil {
+		return nil
+	}
+	return destinationError(err)
 }
 
 // writeRest is called with the destination's descriptor whenever that may be
@@ -189,12 +203,7 @@ func (p *pump) writeRest(fd uintptr) (done bool) {
 // emptyPipe delivers the n bytes in the pipe.
 func (p *pump) emptyPipe(pp *pipe, n int) error {
 	p.pipe, p.stuck = pp, n
-	err := errors.Join(p.d.dst.raw.Write(p.drainPipe), p.werr)
-	p.pipe, p.stuck, p.werr = nil, 0, nil
-	if err != nil {
-		return destinationError(err)
-	}
-	return nil
+	return p.delivered(p.d.dst.raw.Write(p.drainPipe))
 }
 
 // spliceStuck is to the pipe what writeRest is to the buffer.
