@@ -39,8 +39,8 @@ type Handler struct {
 	// DialTimeout is the time for one connect, with name resolution. Default and
 	// 0: 3s.
 	DialTimeout caddy.Duration `json:"dial_timeout,omitempty"`
-	// IdleTimeout ends a connection after this time without a byte either way.
-	// Default: 1h; 0 = never.
+	// IdleTimeout ends a connection after this time without a byte either way,
+	// or an eighth of it later at most. Default: 1h; 0 = never.
 	IdleTimeout *caddy.Duration `json:"idle_timeout,omitempty"`
 	// DrainTimeout is how long open connections may go on when the process exits
 	// or their backend has left the config. Default: 30s; 0 = they are cut at once.
