@@ -66,3 +66,17 @@ func BenchmarkDial(b *testing.B) {
 		_ = c.Close()
 	}
 }
+
+// BenchmarkProbe is one health check, with what the backend does for it. At one
+// each 10 s, 10,000 backends make a thousand a second.
+func BenchmarkProbe(b *testing.B) {
+	s := startServer(b, func(*net.TCPConn) {})
+	t, err := parseTarget(s.address)
+	require.NoError(b, err)
+	c := &checker{backend: newBackend(nil, s.address, t)}
+	c.settings.Store(&generation{dial: dialTarget, checks: checkSettings{timeout: hangTimeout}})
+	b.ReportAllocs()
+	for b.Loop() {
+		require.NoError(b, c.probe(b.Context()))
+	}
+}
