@@ -117,8 +117,9 @@ func setOptions(c syscall.RawConn, options []socketOption) error {
 	return errors.Join(cerr, err)
 }
 
-// Accept returns the next connection, or net.ErrClosed once l is closed. It
-// survives a lack of files: caddy-l4 would accept nothing any more.
+// Accept returns the next connection, or net.ErrClosed once l is closed. Other
+// errors pass, a lack of files or what a connection had met with before it was
+// accepted (accept(2)), but after any of them caddy-l4 would accept nothing more.
 func (l *listener) Accept() (net.Conn, error) {
 	for wait := minPause; ; wait = min(2*wait, maxPause) {
 		if !l.takeTurn() {
@@ -133,11 +134,11 @@ func (l *listener) Accept() (net.Conn, error) {
 			return c, nil
 		case isClosed(l.closed):
 			// The next round says so.
-		case isScarcity(err):
-			l.notice(err)
-			l.pause(wait)
-		default:
+		case errors.Is(err, net.ErrClosed):
 			return nil, err
+		default:
+			l.notice("accepting fails, trying again", err)
+			l.pause(wait)
 		}
 	}
 }
@@ -147,7 +148,7 @@ func (l *listener) Accept() (net.Conn, error) {
 // bytes are matched first.
 func (l *listener) awaitFiles(c *acceptedConn) {
 	for wait := minPause; !c.claim() && !isClosed(l.closed); wait = min(2*wait, maxPause) {
-		l.notice(nil)
+		l.notice("no files are left, accepting slowly", nil)
 		l.pause(wait)
 	}
 }
@@ -204,7 +205,7 @@ func (l *listener) Close() error {
 // Addr returns the socket's address.
 func (l *listener) Addr() net.Addr { return l.ln.Addr() }
 
-// How long accepting pauses for lack of files, at first and at most.
+// How long accepting pauses, at first and at most.
 const (
 	minPause = time.Millisecond
 	maxPause = 100 * time.Millisecond
@@ -219,8 +220,8 @@ func (l *listener) pause(d time.Duration) {
 	}
 }
 
-// notice logs that accepting pauses, once a minute at most.
-func (l *listener) notice(err error) {
+// notice logs why accepting pauses, once a minute at most.
+func (l *listener) notice(message string, err error) {
 	l.mu.Lock()
 	now := time.Now()
 	due := now.After(l.nextNotice)
@@ -229,7 +230,7 @@ func (l *listener) notice(err error) {
 	}
 	l.mu.Unlock()
 	if due {
-		caddy.Log().Named("tcp_lb").Warn("no files are left, accepting slowly",
+		caddy.Log().Named("tcp_lb").Warn(message,
 			zap.String("listener", l.address), zap.Error(err))
 	}
 }

@@ -233,3 +233,28 @@ func TestCloseWhileAcceptWaitsForFiles(t *testing.T) {
 	require.NoError(t, held.Close())
 	expectEOF(t, c)
 }
+
+// Accept outlasts a process without a file to spare, and goes on after it.
+func TestAcceptSurvivesLackOfFiles(t *testing.T) {
+	watchLeftovers(t)
+	address := freeAddress(t)
+	ln, _ := listenAs(t, "tcp_lb/"+address)
+	c := dialClient(t, address)
+	var limit unix.Rlimit
+	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	restore := func() { require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }
+	t.Cleanup(restore)
+	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}))
+	conns, failed := accepting(ln)
+	eventually(t, saysItWaits(ln), "it says that it fails")
+	require.Empty(t, conns)
+	require.Empty(t, failed)
+
+	restore()
+	accepted := <-conns
+	_, _ = io.WriteString(accepted, "x")
+	expect(t, c, "x")
+	require.NoError(t, accepted.Close())
+	require.NoError(t, ln.Close())
+	require.ErrorIs(t, <-failed, net.ErrClosed)
+}
