@@ -43,25 +43,21 @@ type child struct {
 // is still there.
 func startChild(t *testing.T, config string) *child {
 	t.Helper()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "caddy.json")
-	require.NoError(t, os.WriteFile(file, []byte(config), 0o600))
-	return start(t, dir, exec.Command(os.Args[0], "run", "--config", file))
+	return startChildWithFiles(t, 0, config)
 }
 
-// startChildWithFiles is startChild with a limit of open files.
+// startChildWithFiles is startChild with a limit of open files; 0 = this
+// process's.
 func startChildWithFiles(t *testing.T, files int, config string) *child {
 	t.Helper()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "caddy.json")
 	require.NoError(t, os.WriteFile(file, []byte(config), 0o600))
-	return start(t, dir, exec.Command("sh", "-c", `ulimit -n "$1" && shift && exec "$@"`, "sh",
-		strconv.Itoa(files), os.Args[0], "run", "--config", file))
-}
-
-func start(t *testing.T, dir string, cmd *exec.Cmd) *child {
-	t.Helper()
-	c := &child{cmd: cmd, done: make(chan struct{})}
+	command := []string{os.Args[0], "run", "--config", file}
+	if files > 0 {
+		command = append([]string{"sh", "-c", `ulimit -n "$1" && shift && exec "$@"`, "sh", strconv.Itoa(files)}, command...)
+	}
+	c := &child{cmd: exec.Command(command[0], command[1:]...), done: make(chan struct{})}
 	c.cmd.Env = append(os.Environ(), childEnv+"=1", "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
 	out, err := c.cmd.StderrPipe()
 	require.NoError(t, err)

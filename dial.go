@@ -82,20 +82,20 @@ func (g *generation) connect(client net.Addr) (link, error) {
 		if err == nil {
 			return l, nil
 		}
-		if time.Until(deadline) < g.tryInterval || !g.pause(g.tryInterval) {
+		if time.Until(deadline) < g.tryInterval || !pause(g.tryInterval, g.stopped) {
 			return link{attempts: attempts}, err
 		}
 	}
 }
 
-// pause waits for d, and reports false if the generation ended before.
-func (g *generation) pause(d time.Duration) bool {
+// pause waits for d, and reports false if stop was closed before.
+func pause(d time.Duration, stop <-chan struct{}) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
 		return true
-	case <-g.stopped:
+	case <-stop:
 		return false
 	}
 }

@@ -268,12 +268,8 @@ func metric(t testing.TB, name string, labels map[string]string) float64 {
 }
 
 func hasLabels(m *dto.Metric, want map[string]string) bool {
-	have := make(map[string]string)
-	for _, l := range m.GetLabel() {
-		have[l.GetName()] = l.GetValue()
-	}
 	for k, v := range want {
-		if have[k] != v {
+		if labelValue(m, k) != v {
 			return false
 		}
 	}

@@ -369,6 +369,7 @@ func TestChecksOffBringEveryBackendUp(t *testing.T) {
 		next.start()
 		old.stop()
 		require.True(t, next.members[0].Backend.Available())
+		synctest.Wait()
 		require.EqualValues(t, 1, next.members[0].Backend.stats.turnedUp.Load(), "a transition like any other")
 		require.Equal(t, 1, logs.FilterMessage("backend is up").Len())
 		before := len(f.times(one)) + len(f.times(two))

@@ -98,11 +98,12 @@ func openSocket(ctx context.Context, address string, config net.ListenConfig) (n
 
 type socketOption struct{ level, name, value int }
 
+// keepAliveOptions are keepAlive as socket options.
 var keepAliveOptions = []socketOption{
 	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},  // seconds
-	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15}, // seconds
-	{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle / time.Second)},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval / time.Second)},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
 }
 
 func setOptions(c syscall.RawConn, options []socketOption) error {
@@ -138,7 +139,7 @@ func (l *listener) Accept() (net.Conn, error) {
 			return nil, err
 		default:
 			l.notice("accepting fails, trying again", err)
-			l.pause(wait)
+			pause(wait, l.closed)
 		}
 	}
 }
@@ -149,7 +150,7 @@ func (l *listener) Accept() (net.Conn, error) {
 func (l *listener) awaitFiles(c *acceptedConn) {
 	for wait := minPause; !c.claim() && !isClosed(l.closed); wait = min(2*wait, maxPause) {
 		l.notice("no files are left, accepting slowly", nil)
-		l.pause(wait)
+		pause(wait, l.closed)
 	}
 }
 
@@ -210,15 +211,6 @@ const (
 	minPause = time.Millisecond
 	maxPause = 100 * time.Millisecond
 )
-
-func (l *listener) pause(d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-l.closed:
-	}
-}
 
 // notice logs why accepting pauses, once a minute at most.
 func (l *listener) notice(message string, err error) {

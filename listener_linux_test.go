@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -181,16 +182,28 @@ func saysItWaits(ln net.Listener) func() bool {
 	}
 }
 
+// useFiles takes all files of the budget, and of the reserve for connections
+// that are to be refused. The former are given back by free, or at the end.
+func useFiles(t testing.TB) (free func()) {
+	t.Helper()
+	freePipes()
+	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
+	require.True(t, files.acquire(rest), "all are in use")
+	files.overflow.Add(reserve)
+	t.Cleanup(func() { files.overflow.Add(-reserve) })
+	free = sync.OnceFunc(func() { files.release(rest) })
+	t.Cleanup(free)
+	return free
+}
+
 // While there is no file for another connection, it is kept back.
 func TestAcceptWaitsForFiles(t *testing.T) {
 	watchLeftovers(t)
 	address := freeAddress(t)
 	ln, _ := listenAs(t, "tcp_lb/"+address)
-	freePipes()
-	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
-	require.True(t, files.acquire(rest), "all are in use")
-	files.overflow.Add(reserve - 1)
-	t.Cleanup(func() { files.overflow.Add(1 - reserve) })
+	free, reserve := useFiles(t), files.overflowLimit
+	files.overflow.Add(-1)
+	t.Cleanup(func() { files.overflow.Add(1) })
 	conns, failed := accepting(ln)
 
 	first := dialClient(t, address)
@@ -203,7 +216,7 @@ func TestAcceptWaitsForFiles(t *testing.T) {
 	require.NoError(t, over.Close())
 	expectEOF(t, first)
 	next := (<-conns).(*acceptedConn)
-	files.release(rest)
+	free()
 	require.True(t, next.admit(), "now there is room")
 	require.Equal(t, reserve-1, files.overflow.Load())
 	_, _ = io.WriteString(next, "x")
@@ -218,12 +231,7 @@ func TestCloseWhileAcceptWaitsForFiles(t *testing.T) {
 	watchLeftovers(t)
 	address := freeAddress(t)
 	ln, _ := listenAs(t, "tcp_lb/"+address)
-	freePipes()
-	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
-	require.True(t, files.acquire(rest))
-	t.Cleanup(func() { files.release(rest) })
-	files.overflow.Add(reserve)
-	t.Cleanup(func() { files.overflow.Add(-reserve) })
+	useFiles(t)
 	conns, failed := accepting(ln)
 	c := dialClient(t, address)
 	eventually(t, saysItWaits(ln), "it says that it waits")

@@ -108,14 +108,6 @@ func (l *load) connectOften() {
 	}
 }
 
-// pace leaves the processor to others for a while.
-func pace(d time.Duration, stop <-chan struct{}) {
-	select {
-	case <-time.After(d):
-	case <-stop:
-	}
-}
-
 // tellName asks a duoServer for its name.
 func tellName(lb string) (string, error) {
 	c, err := net.DialTimeout("tcp", lb, hangTimeout)
@@ -165,7 +157,7 @@ func (l *load) streamOnce(seed byte, begun func()) error {
 			return fmt.Errorf("after %d bytes: %w", source.at, err)
 		}
 		begun()
-		pace(20*time.Millisecond, l.stop)
+		pause(20*time.Millisecond, l.stop)
 	}
 	_ = conn.(*net.TCPConn).CloseWrite()
 	rest, err := io.Copy(back, conn)
@@ -221,7 +213,7 @@ func (k *bookkeeper) run() {
 		before = now
 		k.check(families, mayEnd)
 		k.scrapes.Add(1)
-		pace(5*time.Millisecond, k.stop)
+		pause(5*time.Millisecond, k.stop)
 	}
 }
 

@@ -8,7 +8,7 @@ import (
 
 const (
 	// pipeSize in bytes holds a whole receive queue, so that a wake-up moves
-	// all there is: a quarter of it costs half as much processor time again.
+	// all there is: a quarter of it costs about a fifth more processor time.
 	// Pipes take memory for what they hold only.
 	pipeSize = 1 << 20
 	// smallPipeSize is for users whose pipes exceed a sum; the kernel's default

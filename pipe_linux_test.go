@@ -8,12 +8,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func countSparePipes() int {
-	pipes.mu.Lock()
-	defer pipes.mu.Unlock()
-	return len(pipes.spare)
-}
-
 func TestPipesComeOutOfTheFileBudget(t *testing.T) {
 	var held []*pipe
 	for range sparePipes + 5 {
@@ -25,14 +19,12 @@ func TestPipesComeOutOfTheFileBudget(t *testing.T) {
 	for _, p := range held {
 		pipes.put(p)
 	}
-	require.Equal(t, sparePipes, countSparePipes())
+	require.EqualValues(t, sparePipes*filesPerPipe, spareFiles())
 	require.EqualValues(t, before-5*filesPerPipe, files.used.Load(), "the others are closed")
 }
 
 func TestNoPipeWithoutFiles(t *testing.T) {
-	for countSparePipes() > 0 {
-		pipes.discard(pipes.get())
-	}
+	freePipes()
 	rest := files.limit - files.used.Load()
 	require.True(t, files.acquire(rest))
 	defer files.release(rest)
@@ -52,7 +44,7 @@ func openFiles(t testing.TB) int {
 	t.Helper()
 	list, err := os.ReadDir("/proc/self/fd")
 	require.NoError(t, err)
-	n := -filesPerPipe * countSparePipes()
+	n := -int(spareFiles())
 	for _, entry := range list {
 		what, _ := os.Readlink("/proc/self/fd/" + entry.Name())
 		if strings.HasPrefix(what, "socket:") || strings.HasPrefix(what, "pipe:") {

@@ -97,7 +97,7 @@ func (r *poolRegistry) start(g *generation) {
 	g.inherit(prev)
 	revived := r.settleLocked(p)
 	r.mu.Unlock()
-	announceRevived(g, revived)
+	announceUp(g, revived)
 }
 
 // stop ends g. Backends that no generation names any more are drained. A
@@ -129,15 +129,17 @@ func (r *poolRegistry) stop(g *generation) {
 	}
 	ended := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
-	announceRevived(newest, revived)
+	announceUp(newest, revived)
 	if ended {
 		p.logEnd(p.gone)
 	}
 }
 
-func announceRevived(g *generation, revived []*Backend) {
-	for _, b := range revived {
-		b.announce(context.Background(), g, nil)
+// announceUp announces backends that came up with a config. It does not wait:
+// an event handler may wait for a reload, and this is called in one.
+func announceUp(g *generation, backends []*Backend) {
+	for _, b := range backends {
+		go b.announce(context.Background(), g, nil) // ends with its event's handlers
 	}
 }
 

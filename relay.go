@@ -244,7 +244,8 @@ func (r *relay) cut(why reason) {
 // not have sent the first probe before.
 const keepAliveAfter = 15 * time.Second
 
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 15 * time.Second, Count: 9}
+// keepAlive is what Go does by default.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: keepAliveAfter, Interval: 15 * time.Second, Count: 9}
 
 // idleTime finds out how long nothing has moved, from looks at a count.
 type idleTime struct {

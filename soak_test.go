@@ -142,10 +142,10 @@ func (s *soak) disturb() {
 	case n < 85:
 		s.count("stall")
 		b.stall.Lock()
-		pace(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
+		pause(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
 		b.stall.Unlock()
 	default:
-		pace(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
+		pause(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
 	}
 }
 
