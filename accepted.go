@@ -11,6 +11,7 @@ import (
 type acceptedConn struct {
 	*net.TCPConn
 	holds atomic.Int32
+	taken atomic.Bool
 }
 
 // What an acceptedConn holds of the file budget.
@@ -46,8 +47,22 @@ func (c *acceptedConn) admit() bool {
 	return true
 }
 
-// Close closes the connection. The one to the backend must be closed by then.
+// takeOver leaves it to the session to end the connection. caddy-l4 would hold
+// a goroutine with a grown stack, a buffer, two maps and more until the handler
+// returns, twice of what the session itself needs. So the handler returns at
+// once, and the Close that caddy-l4 has for every connection does nothing.
+func (c *acceptedConn) takeOver() { c.taken.Store(true) }
+
+// Close closes the connection, unless it was taken over.
 func (c *acceptedConn) Close() error {
+	if c.taken.Load() {
+		return nil
+	}
+	return c.end()
+}
+
+// end closes the connection. The one to the backend must be closed by then.
+func (c *acceptedConn) end() error {
 	err := c.TCPConn.Close()
 	c.giveBack(holdsNothing)
 	return err

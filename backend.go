@@ -15,8 +15,7 @@ type Backend struct {
 	address string
 	target  target
 
-	// healthy is the checker's verdict; a backend starts up. Every pick reads
-	// it, only transitions write it.
+	// healthy is the checker's verdict, see setHealthy; a backend starts up.
 	healthy atomic.Bool
 	weight  atomic.Int64 // in the newest config; 0 once no config names it
 	load    atomic.Int64 // connections being dialed or open
@@ -77,6 +76,22 @@ func (b *Backend) Load() int64 { return b.load.Load() }
 // one place where the verdict of the health checks, and in time an
 // administrative state, becomes an answer.
 func (b *Backend) Available() bool { return b.healthy.Load() }
+
+// verdicts counts the changes of any backend's verdict. Every pick reads it.
+var verdicts struct {
+	_     [64]byte // it has a cache line of its own
+	count atomic.Uint64
+	_     [64]byte
+}
+
+// setHealthy sets the verdict, and reports whether it is another one.
+func (b *Backend) setHealthy(up bool) (changed bool) {
+	if b.healthy.Swap(up) == up {
+		return false
+	}
+	verdicts.count.Add(1)
+	return true
+}
 
 // active returns the number of opened and of open connections, so that opened
 // less active is what has been closed, by reason, in closed. Reading closed

@@ -69,12 +69,3 @@ func drainOnExit(ctx context.Context) {
 // lastDrain is the longest time, in nanoseconds, that a connection of a stopped
 // generation may still take: to connect, and to drain.
 var lastDrain atomic.Int64
-
-// session is a connection that has its backend, from the accounting's view.
-type session struct {
-	generation *generation
-	relay      *relay
-}
-
-// end cuts the session short, for the reason.
-func (s *session) end(why reason) { s.relay.cut(why) }

@@ -200,7 +200,7 @@ func (c *checker) judge(ctx context.Context, err error, took time.Duration) {
 	if c.verdict.down == was.down {
 		return
 	}
-	b.healthy.Store(!c.verdict.down)
+	b.setHealthy(!c.verdict.down)
 	b.pool.rebuild()
 	b.announce(ctx, g, err)
 }

@@ -280,7 +280,6 @@ func TestPanicIsContained(t *testing.T) {
 	cx := layer4Connection(near)
 	open.enter()
 	g.serve(cx)
-	open.leave()
 	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
 	require.Contains(t, string(logs.All()[0].ContextMap()["stack"].(string)), "panickingPicker")
 	require.EqualValues(t, 1, g.pool.failed.Load())

@@ -161,7 +161,7 @@ func (r *poolRegistry) settleLocked(p *pool) (revived []*Backend) {
 			b.checkLocked(g)
 		case ok: // no checks: nothing could bring a down backend up again
 			b.stopCheckingLocked()
-			if !b.healthy.Swap(true) {
+			if b.setHealthy(true) {
 				revived = append(revived, b)
 			}
 		case !b.used():

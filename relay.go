@@ -24,7 +24,9 @@ type relay struct {
 	up, down        direction // client to backend, and back
 	onPanic         func(value any, stack []byte)
 
-	why atomic.Uint32 // reason; see conclude
+	why     atomic.Uint32 // reason; see conclude
+	running atomic.Int32  // directions that have not ended
+	ended   func()        // called by the last one
 
 	// One timer looks now and then whether bytes have moved, so that moving them
 	// costs no look at the clock.
@@ -56,10 +58,7 @@ type side struct {
 type direction struct {
 	relay    *relay
 	src, dst *side
-	// prefetched returns bytes that were read before the relay began; they go
-	// first. nil = none.
-	prefetched io.Reader
-	pending    func() bool // whether prefetched has any left
+	first    []byte // was read before the relay began, and goes first
 
 	total *atomic.Uint64 // live count of whoever keeps the books
 	moved atomic.Uint64  // this direction's own
@@ -131,25 +130,45 @@ func unwrap(conn net.Conn) net.Conn {
 	return inner
 }
 
+// start relays in two goroutines. The last of them calls ended, which may close
+// the connections.
+func (r *relay) start(ended func()) {
+	r.begin(ended)
+	go r.up.run()   // ends with the connections
+	go r.down.run() // likewise
+}
+
 // run relays until both ways have ended and returns why. The connections are
 // left for the caller to close.
 func (r *relay) run() reason {
+	done := make(chan struct{})
+	r.begin(func() { close(done) })
+	go r.down.run()
+	r.up.run()
+	<-done
+	return r.reason()
+}
+
+func (r *relay) begin(ended func()) {
+	r.ended = ended
+	r.running.Store(2)
 	r.timerMu.Lock()
 	r.timer = time.AfterFunc(min(keepAliveAfter, r.idlePeriod()), r.onTimer)
 	r.timerMu.Unlock()
-	defer r.timer.Stop()
-	done := make(chan struct{})
-	// Ends with the connections, as the other direction does; waited for below.
-	go r.runDown(done)
-	r.runDirection(&r.up)
-	<-done
-	return reason(r.why.Load())
 }
 
-func (r *relay) runDown(done chan<- struct{}) {
-	defer close(done)
-	r.runDirection(&r.down)
+// run is one way's part in the relay.
+func (d *direction) run() {
+	r := d.relay
+	r.runDirection(d)
+	if r.running.Add(-1) == 0 {
+		r.timer.Stop()
+		r.ended()
+	}
 }
+
+// reason returns why the relay ended.
+func (r *relay) reason() reason { return reason(r.why.Load()) }
 
 // runDirection moves one way's bytes and passes its end on. A panic ends the
 // connection, not the process.
@@ -328,16 +347,17 @@ var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 // move relays until the source ends: nil for an end of file, else an error
 // that matches errSource or errDestination, or net.ErrClosed.
 func (d *direction) move() error {
-	for d.prefetched != nil && d.pending() {
-		if err := d.moveOnce(d.prefetched); err != nil {
+	if len(d.first) > 0 {
+		if err := d.write(d.first); err != nil {
 			return err
 		}
+		d.first = nil
 	}
 	if d.src.raw != nil && canPump {
 		return d.pump.run(d)
 	}
 	for {
-		if err := d.moveOnce(d.src.conn); err != nil {
+		if err := d.moveOnce(); err != nil {
 			if errors.Is(err, io.EOF) && !errors.Is(err, errDestination) {
 				return nil
 			}
@@ -347,10 +367,10 @@ func (d *direction) move() error {
 }
 
 // moveOnce reads once, waiting with a buffer in hand, and writes what came.
-func (d *direction) moveOnce(from io.Reader) error {
+func (d *direction) moveOnce() error {
 	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
-	n, err := from.Read(buf[:])
+	n, err := d.src.conn.Read(buf[:])
 	if n > 0 {
 		if werr := d.write(buf[:n]); werr != nil {
 			return werr

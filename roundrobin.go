@@ -70,6 +70,7 @@ func (RoundRobin) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 func (RoundRobin) NewPicker(available []Candidate, prev Picker) Picker {
 	old, _ := prev.(*rotation)
 	if old != nil && slices.Equal(old.candidates, available) {
+		old.confirm()
 		return old
 	}
 	weights := make([]int, len(available))
@@ -80,6 +81,7 @@ func (RoundRobin) NewPicker(available []Candidate, prev Picker) Picker {
 	if old != nil {
 		r.cursor.Store(r.positionAfter(old))
 	}
+	r.confirm()
 	return r
 }
 
@@ -87,6 +89,7 @@ func (RoundRobin) NewPicker(available []Candidate, prev Picker) Picker {
 type rotation struct {
 	candidates []Candidate
 	order      []uint32 // indices into candidates; one period of the rotation
+	confirmed  atomic.Uint64
 
 	_      [64]byte // the cursor changes with every pick: keep it off the fields' cache line
 	cursor atomic.Uint64
@@ -100,11 +103,26 @@ func (r *rotation) Pick(_ net.Addr, tried []*Backend) *Backend {
 	}
 	i := (r.cursor.Add(1) - 1) % uint64(len(r.order))
 	c := r.order[i]
-	if b := r.candidates[c].Backend; len(tried) == 0 && b.Available() {
+	if b := r.candidates[c].Backend; len(tried) == 0 && (r.isConfirmed() || b.Available()) {
 		return b
 	}
 	return r.pickFrom(i, tried)
 }
+
+// confirm finds all candidates available. Until a verdict changes, in this pool
+// or another, they stay so, and a pick need not look at its backend: among
+// thousands, that is in no near cache.
+func (r *rotation) confirm() {
+	now := verdicts.count.Load() + 1 // not 0
+	for _, c := range r.candidates {
+		if !c.Backend.Available() {
+			now = 0
+		}
+	}
+	r.confirmed.Store(now)
+}
+
+func (r *rotation) isConfirmed() bool { return r.confirmed.Load() == verdicts.count.Load()+1 }
 
 // pickFrom finds the next untried backend at or after position i. It serves
 // retries, and the moments between a verdict and the new schedule.

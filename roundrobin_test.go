@@ -129,12 +129,32 @@ func TestPickSkipsDownAndTried(t *testing.T) {
 	c := testCandidates(1, 1, 1)
 	a, b, d := c[0].Backend, c[1].Backend, c[2].Backend
 	p := RoundRobin{}.NewPicker(c, nil)
-	b.healthy.Store(false)
+	b.setHealthy(false)
 	for range 6 {
 		require.NotSame(t, b, p.Pick(nil, nil), "a backend that just went down")
 	}
 	require.Same(t, d, p.Pick(nil, []*Backend{a}))
 	require.Nil(t, p.Pick(nil, []*Backend{a, d}), "all are down or tried")
+}
+
+// A schedule need not look at its backends while no verdict changes, unless it
+// was made of one that was down already.
+func TestPickKnowsWhenAllAreAvailable(t *testing.T) {
+	c := testCandidates(1, 1)
+	p := RoundRobin{}.NewPicker(c, nil).(*rotation)
+	require.True(t, p.isConfirmed())
+	testCandidates(1)[0].Backend.setHealthy(false)
+	require.False(t, p.isConfirmed(), "might have been one of its own")
+	require.Same(t, p, RoundRobin{}.NewPicker(c, p))
+	require.True(t, p.isConfirmed(), "was not")
+
+	down := c[0].Backend
+	down.setHealthy(false)
+	p = RoundRobin{}.NewPicker(c, nil).(*rotation)
+	require.False(t, p.isConfirmed())
+	require.Same(t, c[1].Backend, p.Pick(nil, nil))
+	down.setHealthy(true)
+	require.Equal(t, "baba", picks(p, c, 4))
 }
 
 func TestPickFindsTheLightestBehindTheHeaviest(t *testing.T) {

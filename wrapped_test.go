@@ -17,10 +17,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -196,44 +198,63 @@ func TestBackendHalfCloseThroughWrapper(t *testing.T) {
 	require.EqualValues(t, 1, metric(t, "connections_closed_total", labels("reason", "backend_closed")))
 }
 
-// Bytes that a matcher read ahead go first, and once.
+// Bytes that a matcher read ahead go first, and once, also when the matcher's
+// buffer is somebody else's by then.
 func TestPrefetchedBytes(t *testing.T) {
-	s := echoServer(t)
-	lb := freeAddress(t)
-	runCaddy(t, routeConfig(lb, "", `{"regexp":{"pattern":"^hello","count":5}}`, backendsJSON(s.address)+"}", ""))
-	for _, size := range []int{0, 1, 1000, 3000, 500_000} {
-		data := append([]byte("hello"), make([]byte, size)...)
-		fill(data[5:])
-		c := dialClient(t, lb)
-		go func() {
-			_, _ = c.Write(data)
-			_ = c.CloseWrite()
-		}()
-		got, err := io.ReadAll(c)
-		require.NoError(t, err)
-		require.True(t, bytes.Equal(data, got), "%d bytes after the match, got %d in all", size, len(got))
+	for _, network := range []string{"", "tcp_lb/"} {
+		t.Run(network, func(t *testing.T) {
+			s := echoServer(t)
+			lb := freeAddress(t)
+			runCaddy(t, routeConfig(network+lb, "", `{"regexp":{"pattern":"^hello","count":5}}`, backendsJSON(s.address)+"}", ""))
+			sizes := []int{0, 1, 1000, 3000, 500_000}
+			const each = 8
+			var wg sync.WaitGroup
+			for i := range each * len(sizes) {
+				size := sizes[i%len(sizes)]
+				c := dialClient(t, lb)
+				wg.Go(func() {
+					data := append([]byte("hello"), make([]byte, size)...)
+					fill(data[5:])
+					for k := range data[5:] {
+						data[5+k] ^= byte(i) // every client has its own
+					}
+					go func() {
+						_, _ = c.Write(data)
+						_ = c.CloseWrite()
+					}()
+					got, err := io.ReadAll(c)
+					assert.NoError(t, err)
+					assert.True(t, bytes.Equal(data, got), "%d bytes after the match, got %d in all", size, len(got))
+				})
+			}
+			wg.Wait()
+			requireBooksBalance(t, each*len(sizes))
+			require.Equal(t, metric(t, "received_bytes_total", nil), metric(t, "sent_bytes_total", nil))
+		})
 	}
-	requireBooksBalance(t, 5)
-	require.Equal(t, metric(t, "received_bytes_total", nil), metric(t, "sent_bytes_total", nil))
 }
 
 // Inside an HTTP server's listener wrapper. No HTTP request is made: what
 // caddy-l4 does with one there trips the race detector.
 func TestListenerWrapper(t *testing.T) {
-	s := echoServer(t)
-	lb := freeAddress(t)
-	runCaddy(t, fmt.Sprintf(`{"admin":{"disabled":true,"config":{"persist":false}},"logging":{"logs":{"default":{"level":"ERROR"}}},
-		"apps":{"http":{"servers":{"srv":{"listen":[%q],"protocols":["h1"],"automatic_https":{"disable":true},
-		"listener_wrappers":[{"wrapper":"layer4","routes":[{"match":[{"regexp":{"pattern":"^SSH-","count":4}}],"handle":[%s]}]}],
-		"routes":[{"handle":[{"handler":"static_response","body":"http"}]}]}}}}}`,
-		lb, withHandler(backendsJSON(s.address)+"}")))
+	for _, network := range []string{"", "tcp_lb/"} {
+		t.Run(network, func(t *testing.T) {
+			s := echoServer(t)
+			lb := freeAddress(t)
+			runCaddy(t, fmt.Sprintf(`{"admin":{"disabled":true,"config":{"persist":false}},"logging":{"logs":{"default":{"level":"ERROR"}}},
+				"apps":{"http":{"servers":{"srv":{"listen":[%q],"protocols":["h1"],"automatic_https":{"disable":true},
+				"listener_wrappers":[{"wrapper":"layer4","routes":[{"match":[{"regexp":{"pattern":"^SSH-","count":4}}],"handle":[%s]}]}],
+				"routes":[{"handle":[{"handler":"static_response","body":"http"}]}]}}}}}`,
+				network+lb, withHandler(backendsJSON(s.address)+"}")))
 
-	c := dialClient(t, lb)
-	write(t, c, "SSH-2.0-test\r\n")
-	expect(t, c, "SSH-2.0-test\r\n")
-	require.NoError(t, c.CloseWrite())
-	expectEOF(t, c)
-	requireBooksBalance(t, 1)
+			c := dialClient(t, lb)
+			write(t, c, "SSH-2.0-test\r\n")
+			expect(t, c, "SSH-2.0-test\r\n")
+			require.NoError(t, c.CloseWrite())
+			expectEOF(t, c)
+			requireBooksBalance(t, 1)
+		})
+	}
 }
 
 func TestUDPListenerIsRefused(t *testing.T) {
