@@ -97,7 +97,18 @@ func (s *session) finish() {
 	default:
 		g.pool.failed.Add(1)
 	}
-	s.log(duration)
+	// Through the newest config's log: that of the one which accepted the
+	// connection may be closed.
+	to := g
+	if newest := g.pool.newest.Load(); newest != nil {
+		to = newest
+	}
+	if s.why == reasonNoBackend {
+		s.logFailure(to.logger)
+	}
+	if to.accessLog {
+		s.logAccess(to.access, duration)
+	}
 	if s.release != nil {
 		s.release()
 	}
@@ -111,22 +122,16 @@ func (s *session) closeClient() {
 	_ = s.client.Close()
 }
 
-// log writes the connection's line, through the newest config's log: that of
-// the one which accepted it may be closed.
-func (s *session) log(duration time.Duration) {
-	g := s.generation
-	to := g
-	if newest := g.pool.newest.Load(); newest != nil {
-		to = newest
-	}
-	if s.why == reasonNoBackend {
-		to.logger.Debug("no backend could be reached",
-			zap.String("lb", g.name), zap.Stringer("client", s.client.RemoteAddr()),
-			zap.Int("attempt", s.attempts), zap.Error(s.err))
-	}
-	if !to.accessLog {
-		return
-	}
+func (s *session) logFailure(to *zap.Logger) {
+	to.Debug("no backend could be reached",
+		zap.String("lb", s.generation.name), zap.Stringer("client", s.client.RemoteAddr()),
+		zap.Int("attempt", s.attempts), zap.Error(s.err))
+}
+
+// logAccess writes the connection's line. Its frame is large; finish, in which
+// most goroutines would outgrow their first stack otherwise, calls it only if
+// there is a line to write.
+func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 	var backend string
 	if s.backend != nil {
 		backend = s.backend.address
@@ -136,7 +141,7 @@ func (s *session) log(duration time.Duration) {
 		received, sent = s.relay.up.moved.Load(), s.relay.down.moved.Load()
 	}
 	fields := []zap.Field{
-		zap.String("lb", g.name),
+		zap.String("lb", s.generation.name),
 		zap.Stringer("client", s.client.RemoteAddr()),
 		zap.String("backend", backend),
 		zap.Int("attempts", s.attempts),
@@ -149,7 +154,7 @@ func (s *session) log(duration time.Duration) {
 	if s.err != nil && !errors.Is(s.err, net.ErrClosed) {
 		fields = append(fields, zap.Error(s.err))
 	}
-	to.access.Info("connection", fields...)
+	to.Info("connection", fields...)
 }
 
 // admit counts the connection against the limits.

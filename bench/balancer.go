@@ -142,7 +142,7 @@ func nginx(dir string) func([]service) string {
 		if _, err := os.Stat("/usr/lib/nginx/modules/ngx_stream_module.so"); err == nil {
 			config += "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n"
 		}
-		config += "worker_rlimit_nofile 18000;\nevents { worker_connections 17000; }\nstream {\n\tproxy_timeout 1h;\n\tproxy_connect_timeout 3s;\n"
+		config += "worker_rlimit_nofile 18000;\nevents { worker_connections 17000; }\nstream {\n\tproxy_timeout 1h;\n\tproxy_connect_timeout 3s;\n\tproxy_half_close on;\n"
 		for _, s := range services {
 			config += "\tupstream " + s.name + " {\n"
 			for _, a := range s.backends {

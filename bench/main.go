@@ -18,9 +18,12 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -142,7 +145,7 @@ func (r *result) median(metric int) float64 {
 
 func printTables(results []*result) {
 	base := slices.IndexFunc(results, func(r *result) bool { return r.name == baseline })
-	fmt.Printf("\nMedians of %d rounds:\n\n", *rounds)
+	fmt.Printf("\nMedians of %d rounds, on %s:\n\n", *rounds, machine())
 	printTable(results, func(r *result, m int) string { return fmt.Sprintf(metrics[m].format, r.median(m)) })
 	if base < 0 {
 		return
@@ -154,6 +157,22 @@ func printTables(results []*result) {
 		}
 		return ""
 	})
+}
+
+// machine says what the numbers depend on. Congestion control is of it: one that
+// paces, as BBR does, sets a timer for every 64 KB or less, and bulk transfers
+// then cost several times as much through any balancer.
+func machine() string {
+	kernel := "an unknown kernel"
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		kernel = "Linux " + unix.ByteSliceToString(u.Release[:])
+	}
+	congestion, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
+	if err != nil {
+		congestion = []byte("unknown")
+	}
+	return fmt.Sprintf("%s with %d CPUs and %s congestion control", kernel, runtime.NumCPU(), strings.TrimSpace(string(congestion)))
 }
 
 func printTable(results []*result, cell func(r *result, metric int) string) {
