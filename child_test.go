@@ -92,8 +92,7 @@ func (c *child) stopByAdmin(t *testing.T, admin string) {
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
-		client := &http.Client{Timeout: hangTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
-		if r, err := client.Post("http://"+admin+"/stop", "", nil); err == nil {
+		if r, err := send(http.MethodPost, "http://"+admin+"/stop", ""); err == nil {
 			_ = r.Body.Close()
 		}
 	}()

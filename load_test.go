@@ -33,7 +33,7 @@ func serveDuo(c *net.TCPConn, name string) {
 	case 'n':
 		_, _ = io.WriteString(c, name)
 	case 's':
-		_, _ = io.Copy(c, c)
+		echo(c)
 	}
 }
 

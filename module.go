@@ -122,8 +122,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	return err
 }
 
-// Handle relays one connection. It returns an error only for a listener that
-// it can't serve; how a connection ended is the metrics' and the access log's
+// Handle relays one connection. It returns when that has ended or, where it is
+// a bare one of a tcp_lb listener, when it has its backend: the relay goes on
+// by itself and closes both. It returns an error only for a listener that it
+// can't serve; how a connection ended is the metrics' and the access log's
 // business.
 func (h *Handler) Handle(cx *layer4.Connection, _ layer4.Handler) error {
 	if network := cx.LocalAddr().Network(); network != "tcp" && network != "unix" {

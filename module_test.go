@@ -373,7 +373,7 @@ func TestUnixSocketAndNameAsBackends(t *testing.T) {
 			}
 			wg.Go(func() {
 				defer c.Close()
-				_, _ = io.Copy(c, c)
+				echo(c)
 			})
 		}
 	})

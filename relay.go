@@ -162,7 +162,9 @@ func (d *direction) run() {
 	r := d.relay
 	r.runDirection(d)
 	if r.running.Add(-1) == 0 {
+		r.timerMu.Lock()
 		r.timer.Stop()
+		r.timerMu.Unlock()
 		r.ended()
 	}
 }
@@ -300,10 +302,10 @@ func (r *relay) onTimer() {
 		_ = c.SetKeepAliveConfig(keepAlive) // fails if it is closed by now
 	}
 	r.keepsAlive = true
-	if r.idleTimeout > 0 {
-		r.timerMu.Lock()
+	r.timerMu.Lock()
+	defer r.timerMu.Unlock()
+	if r.idleTimeout > 0 && r.running.Load() > 0 {
 		r.timer.Reset(r.idlePeriod())
-		r.timerMu.Unlock()
 	}
 }
 

@@ -35,7 +35,7 @@ func (b *soakBackend) serve(c *net.TCPConn) {
 	case soakShort:
 		_, _ = io.WriteString(c, "ok")
 	case soakStream, soakAbort:
-		_, _ = io.Copy(c, c)
+		echo(c)
 	case soakRequest:
 		var h hashing
 		if _, err := io.Copy(&h, c); err == nil {
