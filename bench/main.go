@@ -30,13 +30,17 @@ var (
 	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
 	scale  = flag.Float64("scale", 1, "factor on the amount of work")
 	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
-	kinds  = flag.String("work", "", "comma-separated kinds of work, of idle, short, trips and bulk; all if empty")
+	kinds  = flag.String("work", "", "comma-separated kinds of work, of idle, short, trips, bulk and beside; all if empty")
 	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
 )
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == "backend" {
+	switch { // this program started again
+	case len(os.Args) == 2 && os.Args[1] == "backend":
 		runBackend()
+		return
+	case len(os.Args) == 3 && os.Args[1] == "reader":
+		runReader(os.Args[2])
 		return
 	}
 	flag.Parse()
@@ -64,6 +68,13 @@ func run() error {
 		return fmt.Errorf("starting the backends: %w", err)
 	}
 	defer backends.stop()
+	// Bulk has a process of its own, which is fair to the round trips beside it.
+	streams, err := startBackends()
+	if err != nil {
+		return fmt.Errorf("starting the backends: %w", err)
+	}
+	defer streams.stop()
+	backends.source, backends.sink = streams.source, streams.sink
 
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
@@ -107,6 +118,8 @@ var metrics = []metric{
 	{"short connection, p99 in ms", "%.2f"},
 	{"round trip, p50 in ms", "%.3f"},
 	{"round trip, p99 in ms", "%.3f"},
+	{"round trip beside bulk, p50 in ms", "%.2f"},
+	{"round trip beside bulk, p99 in ms", "%.2f"},
 	{"errors", "%.0f"},
 }
 

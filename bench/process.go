@@ -49,17 +49,25 @@ func (p *process) stop() {
 	<-p.done
 }
 
+func (p *process) ended() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // listens waits until the address accepts connections.
 func (p *process) listens(address string) error {
 	for range 1000 {
 		if c, err := net.Dial("tcp", address); err == nil {
 			return c.Close()
 		}
-		select {
-		case <-p.done:
+		if p.ended() {
 			return fmt.Errorf("it ended: %s\n%s", p.cmd.ProcessState, p.log.String())
-		case <-time.After(10 * time.Millisecond):
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	return fmt.Errorf("nobody listens on %s", address)
 }

@@ -5,7 +5,9 @@ package main
 import (
 	"fmt"
 	"io"
+	"math"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -33,7 +35,7 @@ func workAll(p *process, b balancer) ([]float64, error) {
 	short(b.echo, clients, &failed) // what is needed once is not measured
 
 	connections, trips, volume := 0, 0, int64(0)
-	var shortTimes, tripTimes []time.Duration
+	var shortTimes, tripTimes, besideTimes []time.Duration
 	var shortCPU, tripCPU, downCPU, upCPU, idleMemory, idleFiles float64
 	var err error
 	if chosen("idle") {
@@ -49,7 +51,7 @@ func workAll(p *process, b balancer) ([]float64, error) {
 	}
 	if chosen("trips") {
 		trips = scaled(200_000)
-		if tripCPU, err = p.during(func() { tripTimes = roundTrips(b.echo, trips, &failed) }); err != nil {
+		if tripCPU, err = p.during(func() { tripTimes = roundTrips(b.echo, clients, trips, &failed) }); err != nil {
 			return nil, err
 		}
 	}
@@ -62,6 +64,11 @@ func workAll(p *process, b balancer) ([]float64, error) {
 			return nil, err
 		}
 	}
+	if chosen("beside") {
+		if besideTimes, err = beside(b, scaled(4_000), &failed); err != nil {
+			return nil, err
+		}
+	}
 	return []float64{
 		shortCPU * 1e6 / float64(max(1, connections)),
 		tripCPU * 1e6 / float64(max(1, trips)),
@@ -71,6 +78,7 @@ func workAll(p *process, b balancer) ([]float64, error) {
 		idleFiles,
 		percentile(shortTimes, 50), percentile(shortTimes, 99),
 		percentile(tripTimes, 50), percentile(tripTimes, 99),
+		percentile(besideTimes, 50), percentile(besideTimes, 99),
 		float64(failed.Load()),
 	}, nil
 }
@@ -144,8 +152,8 @@ func short(address string, n int, failed *atomic.Int64) []time.Duration {
 }
 
 // roundTrips sends n messages and has them back, on connections that are kept.
-func roundTrips(address string, n int, failed *atomic.Int64) []time.Duration {
-	return share(clients, n, func(do func(func() error)) {
+func roundTrips(address string, connections, n int, failed *atomic.Int64) []time.Duration {
+	return share(connections, n, func(do func(func() error)) {
 		message := make([]byte, messageSize)
 		c, err := net.Dial("tcp", address)
 		if err != nil {
@@ -169,6 +177,30 @@ func trip(c net.Conn, message []byte) error {
 	}
 	_, err := io.ReadFull(c, message)
 	return err
+}
+
+// beside makes round trips while another process reads all it can through the
+// balancer.
+func beside(b balancer, n int, failed *atomic.Int64) ([]time.Duration, error) {
+	reader, err := startProcess(command(os.Args[0], "reader", b.source))
+	if err != nil {
+		return nil, err
+	}
+	defer reader.stop()
+	time.Sleep(settle)
+	times := roundTrips(b.echo, clients/4, n, failed)
+	if reader.ended() {
+		return nil, fmt.Errorf("the process that reads ended: %s", reader.log.String())
+	}
+	return times, nil
+}
+
+// runReader reads from an address over several connections until it is killed.
+func runReader(address string) {
+	var failed atomic.Int64
+	down(address, math.MaxInt64, &failed)
+	fmt.Fprintln(os.Stderr, "the connections have ended")
+	os.Exit(1)
 }
 
 // down reads so many bytes over several connections.
