@@ -172,9 +172,8 @@ func printTables(results []*result) {
 	})
 }
 
-// machine says what the numbers depend on. Congestion control is of it: one that
-// paces, as BBR does, sets a timer for every 64 KB or less, and bulk transfers
-// then cost several times as much through any balancer.
+// machine says what the numbers depend on. Congestion control is of it: where
+// that paces, as BBR does, bulk costs more through any balancer.
 func machine() string {
 	kernel := "an unknown kernel"
 	var u unix.Utsname
