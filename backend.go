@@ -74,7 +74,7 @@ func (b *Backend) Load() int64 { return b.load.Load() }
 
 // Available reports whether new connections may go to the backend. It is the
 // one place where the verdict of the health checks, and in time an
-// administrative state, becomes an answer.
+// administrative state, becomes an answer; a change is counted in verdicts.
 func (b *Backend) Available() bool { return b.healthy.Load() }
 
 // verdicts counts the changes of any backend's verdict. Every pick reads it.
