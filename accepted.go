@@ -47,10 +47,10 @@ func (c *acceptedConn) admit() bool {
 	return true
 }
 
-// takeOver leaves it to the session to end the connection. caddy-l4 would hold
-// a goroutine with a grown stack, a buffer, two maps and more until the handler
-// returns, twice of what the session itself needs. So the handler returns at
-// once, and the Close that caddy-l4 has for every connection does nothing.
+// takeOver leaves it to the session to end the connection. Until the handler
+// returns, caddy-l4 holds a goroutine with a grown stack, a buffer, two maps and
+// more, nearly as much as all else that a connection takes. So the handler
+// returns at once, and the Close that caddy-l4 then calls does nothing.
 func (c *acceptedConn) takeOver() { c.taken.Store(true) }
 
 // Close closes the connection, unless it was taken over.

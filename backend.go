@@ -93,7 +93,7 @@ func (b *Backend) setHealthy(up bool) (changed bool) {
 	return true
 }
 
-// active returns the number of opened and of open connections, so that opened
+// connections returns the number of opened and of open connections, so that opened
 // less active is what has been closed, by reason, in closed. Reading closed
 // first keeps active from being negative.
 func (s *stats) connections() (opened, active uint64, closed [numReasons]uint64) {

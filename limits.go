@@ -50,6 +50,9 @@ func newFileBudget(limit uint64) *fileBudget {
 	}
 }
 
+// connections returns how many connections the budget is enough for.
+func (f *fileBudget) connections() int64 { return f.limit / filesPerConnection }
+
 func (f *fileBudget) acquire(n int64) bool { return acquireUpTo(&f.used, n, f.limit) }
 
 func (f *fileBudget) release(n int64) { f.used.Add(-n) }

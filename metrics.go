@@ -75,7 +75,7 @@ type emitter struct {
 func (m *emitter) pool(p *pool) {
 	m.out <- prometheus.MustNewConstMetric(descPoolConnections, prometheus.GaugeValue, float64(p.active.Load()), m.lb)
 	if g := p.newest.Load(); g != nil {
-		limit := files.limit / filesPerConnection
+		limit := files.connections()
 		if g.limit > 0 {
 			limit = min(limit, g.limit)
 		}

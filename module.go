@@ -3,11 +3,9 @@ package tcplb
 import (
 	"encoding/json"
 	"fmt"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
-	"go.uber.org/zap"
 )
 
 func init() {
@@ -135,20 +133,8 @@ func (h *Handler) Handle(cx *layer4.Connection, _ layer4.Handler) error {
 	if g == nil {
 		return nil
 	}
-	open.enter()
 	g.serve(cx)
 	return nil
-}
-
-// warnOfLimit logs that connections are being refused, once a minute at most.
-func (g *generation) warnOfLimit(limit int64) {
-	now := time.Now().UnixNano()
-	next := g.pool.nextLimitNotice.Load()
-	if now < next || !g.pool.nextLimitNotice.CompareAndSwap(next, now+int64(time.Minute)) {
-		return
-	}
-	g.logger.Warn("connection limit reached, closing new connections",
-		zap.String("lb", g.name), zap.Int64("limit", limit))
 }
 
 // Interface guards

@@ -292,7 +292,6 @@ func TestPanicIsContained(t *testing.T) {
 	g.start()
 	far, near := tcpPair(t)
 	cx := layer4Connection(near)
-	open.enter()
 	g.serve(cx)
 	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
 	require.Contains(t, string(logs.All()[0].ContextMap()["stack"].(string)), "panickingPicker")

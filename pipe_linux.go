@@ -9,8 +9,7 @@ import (
 const (
 	// pipeSize in bytes holds a whole receive queue, so that a wake-up moves
 	// all there is: a quarter of it costs about a fifth more processor time where
-	// congestion control paces.
-	// Pipes take memory for what they hold only.
+	// congestion control paces. Pipes take memory for what they hold only.
 	pipeSize = 1 << 20
 	// smallPipeSize is for users whose pipes exceed a sum; the kernel's default
 	// of 64 KB may be but 23 KB, as each segment from a network card takes a page.

@@ -246,18 +246,10 @@ func callNow(trap uintptr, fd int, b []byte) (int, error) {
 }
 
 func spliceOnce(from, to, limit int) (int, error) {
-	return retry(func() (int, error) {
-		n, err := unix.Splice(from, nil, to, nil, limit, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		return int(n), err
-	})
-}
-
-// retry repeats a system call that a signal interrupted.
-func retry(call func() (int, error)) (int, error) {
 	for {
-		n, err := call()
+		n, err := unix.Splice(from, nil, to, nil, limit, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
 		if err != unix.EINTR {
-			return n, err
+			return int(n), err
 		}
 	}
 }

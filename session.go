@@ -28,6 +28,7 @@ type session struct {
 // serve is one connection's story. It ends with the call or, where the
 // connection could be taken over, by itself.
 func (g *generation) serve(cx *layer4.Connection) {
+	open.enter() // finish leaves
 	s := &session{generation: g, client: cx, began: time.Now()}
 	if !s.begin(cx) {
 		s.finish()
@@ -173,10 +174,21 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 	}
 	if !ok {
 		p.active.Add(-1)
-		g.warnOfLimit(files.limit / filesPerConnection)
+		g.warnOfLimit(files.connections())
 		return nil, false
 	}
 	return release, true
+}
+
+// warnOfLimit logs that connections are being refused, once a minute at most.
+func (g *generation) warnOfLimit(limit int64) {
+	now := time.Now().UnixNano()
+	next := g.pool.nextLimitNotice.Load()
+	if now < next || !g.pool.nextLimitNotice.CompareAndSwap(next, now+int64(time.Minute)) {
+		return
+	}
+	g.logger.Warn("connection limit reached, closing new connections",
+		zap.String("lb", g.name), zap.Int64("limit", limit))
 }
 
 func (g *generation) leavePool() { g.pool.active.Add(-1) }
