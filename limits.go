@@ -2,10 +2,8 @@ package tcplb
 
 import (
 	"context"
-	"errors"
 	"math"
 	"sync/atomic"
-	"syscall"
 )
 
 // The balancer must never let the process run out of files: caddy-l4 stops
@@ -78,10 +76,7 @@ func acquireUpTo(used *atomic.Int64, n, limit int64) bool {
 
 // isScarcity reports whether err is a lack of files or memory on this side,
 // and says nothing of the other.
-func isScarcity(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
-		errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
-}
+func isScarcity(err error) bool { return isAny(err, shortageErrnos) }
 
 // semaphore bounds how many probes are under way at once.
 type semaphore chan struct{}

@@ -231,11 +231,9 @@ func (d *direction) destinationLost() {
 	d.relay.conclude(d.dst.reset)
 }
 
+// isReset reports whether err is the peer's reset, or its loss.
 func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
-		errors.Is(err, syscall.ETIMEDOUT) || errors.Is(err, syscall.EHOSTUNREACH) ||
-		errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.ECONNABORTED) ||
-		errors.Is(err, io.ErrUnexpectedEOF) // TLS that ends within a record
+	return isAny(err, resetErrnos) || errors.Is(err, io.ErrUnexpectedEOF) // TLS that ends within a record
 }
 
 // conclude records why the connection ends. The first reason stays, except

@@ -1,0 +1,20 @@
+//go:build !windows
+
+package tcplb
+
+import "syscall"
+
+// What the system's error numbers say.
+var (
+	// refusedErrnos: the host answered that nobody listens.
+	refusedErrnos = []error{syscall.ECONNREFUSED}
+	// timeoutErrnos: no answer in the time that the kernel allows.
+	timeoutErrnos = []error{syscall.ETIMEDOUT}
+	// resetErrnos: the peer reset an open connection, or was lost.
+	resetErrnos = []error{
+		syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNABORTED,
+		syscall.ETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH,
+	}
+	// shortageErrnos: of files or memory, on this side.
+	shortageErrnos = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM}
+)
