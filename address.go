@@ -8,6 +8,8 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -24,10 +26,23 @@ type target struct {
 // hasPlaceholder reports whether the address is known only when it is loaded.
 func hasPlaceholder(address string) bool { return strings.ContainsAny(address, "{}") }
 
+// checkText refuses what can't be a metric's label, and what nobody can read in
+// one: bytes that are not UTF-8 and characters that don't print. JSON turns
+// the former into U+FFFD.
+func checkText(address string) error {
+	if !utf8.ValidString(address) || strings.ContainsFunc(address, func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) }) {
+		return errors.New("want printable characters in UTF-8 only")
+	}
+	return nil
+}
+
 // parseTarget parses host:port, [IPv6]:port or unix//path.
 func parseTarget(address string) (target, error) {
 	if hasPlaceholder(address) {
 		return target{}, errors.New("unresolved placeholder")
+	}
+	if err := checkText(address); err != nil {
+		return target{}, err
 	}
 	network, host, port, err := caddy.SplitNetworkAddress(address)
 	switch {
@@ -49,7 +64,7 @@ func parseTarget(address string) (target, error) {
 		return target{}, errors.New("a port range is not supported, list each port as a backend")
 	case host == "":
 		return target{}, errors.New("want host:port, the host is missing")
-	case strings.ContainsAny(host, " \t\r\n/"):
+	case strings.ContainsAny(host, " /"):
 		return target{}, fmt.Errorf("invalid host %q", host)
 	}
 	n, err := strconv.ParseUint(port, 10, 16)

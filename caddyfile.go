@@ -301,14 +301,14 @@ func (p *parser) weight(b *BackendConfig, value string) error {
 // addBackend checks the address, which may hold placeholders that are known only
 // when the config is loaded, and adds the backend.
 func (p *parser) addBackend(b BackendConfig) error {
-	canonical := b.Address
+	t, err := target{text: b.Address}, checkText(b.Address)
 	if !hasPlaceholder(b.Address) {
-		t, err := parseTarget(b.Address)
-		if err != nil {
-			return p.located(fmt.Errorf("backend %q: %w", b.Address, err))
-		}
-		canonical = t.String()
+		t, err = parseTarget(b.Address)
 	}
+	if err != nil {
+		return p.located(fmt.Errorf("backend %q: %w", b.Address, err))
+	}
+	canonical := t.String()
 	if p.addresses[canonical] {
 		return p.Errf("backend %q is listed twice", b.Address)
 	}

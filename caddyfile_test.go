@@ -187,6 +187,12 @@ func TestCaddyfileRefuses(t *testing.T) {
 		{"UDP", "udp/a:80", nil, 0, []string{"backend", `"udp/a:80"`, `network "udp"`}},
 		{"UDP on a line", good, []string{"backend udp/a:80"}, 1, []string{"backend", `"udp/a:80"`, `network "udp"`}},
 		{"a URL", good, []string{"backend http://b:80"}, 1, []string{"backend", `"http://b:80"`}},
+		{"not UTF-8", good, []string{"backend b\xff:80"}, 1, []string{"backend", `"b`, "UTF-8"}},
+		{"not UTF-8 inline", "b\xff:80", nil, 0, []string{"backend", `"b`, "UTF-8"}},
+		{"not UTF-8 beside a placeholder", good, []string{"backend {env.A}\xff:80"}, 1, []string{"backend", `"{env.A}`, "UTF-8"}},
+		{"a control character", good, []string{"backend b\a:80"}, 1, []string{"backend", `"b\a:80"`, "printable"}},
+		{"a line end in quotes", good, []string{"backend \"b:80", "\""}, 1, []string{"backend", `"b:80\n`, "printable"}},
+		{"a control character in a Unix path", good, []string{"backend unix//run/\x1b.sock"}, 1, []string{"backend", `"unix//run/\x1b.sock"`, "printable"}},
 		{"a space in the host", good, []string{`backend "b c:80"`}, 1, []string{"backend", `"b c:80"`, "invalid host"}},
 		{"empty address", `""`, nil, 0, []string{"backend", `""`}},
 

@@ -2,6 +2,8 @@ package tcplb
 
 import (
 	"encoding/json"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -14,6 +16,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/stretchr/testify/require"
 )
 
@@ -110,6 +114,7 @@ func requireInRange(t testing.TB, h *Handler) {
 		require.NoError(t, err)
 		require.False(t, seen[target.String()], "%s twice", target)
 		seen[target.String()] = true
+		requireScrapable(t, h.Name, target.String())
 		number("weight", *b.Weight, 1, 256)
 	}
 	lb, a := h.LoadBalancing, h.HealthChecks.Active
@@ -130,12 +135,26 @@ func requireInRange(t testing.TB, h *Handler) {
 	atLeast("drain_timeout", *h.DrainTimeout, 0)
 }
 
+// requireScrapable has the metrics endpoint serve the names as labels.
+func requireScrapable(t testing.TB, lb, backend string) {
+	t.Helper()
+	r := prometheus.NewRegistry()
+	gauge := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "probe"}, []string{"lb", "backend"})
+	require.NoError(t, r.Register(gauge))
+	g, err := gauge.GetMetricWithLabelValues(lb, backend)
+	require.NoError(t, err)
+	g.Set(1)
+	w := httptest.NewRecorder()
+	promhttp.HandlerFor(r, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	require.Equal(t, http.StatusOK, w.Code, "%q %q: %s", lb, backend, w.Body)
+}
+
 // FuzzParseTarget: the canonical form of an address is its own canonical form,
 // and names the same target.
 func FuzzParseTarget(f *testing.F) {
 	for _, address := range []string{
 		"a:80", "A.example.:080", "10.0.0.1:1", "[::1]:65535", "[0:0::1]:80", "[::ffff:10.0.0.1]:80", "[fe80::1%eth0]:80",
-		"unix//run/x.sock", "UNIX/x", "tcp/a:80", "udp/a:80", "a:80-82", "[a:b]:80", "::1:80", ":80", "a:", "/a:80", "{env.A}:80",
+		"unix//run/x.sock", "unix//run/a b", "a\xff:80", "unix//\xff", "a\x00:80", "[fe80::1%\xff]:80", "UNIX/x", "tcp/a:80", "udp/a:80", "a:80-82", "[a:b]:80", "::1:80", ":80", "a:", "/a:80", "{env.A}:80",
 	} {
 		f.Add(address)
 	}
@@ -145,6 +164,7 @@ func FuzzParseTarget(f *testing.F) {
 			return
 		}
 		canonical := parsed.String()
+		requireScrapable(t, "web", canonical)
 		again, err := parseTarget(canonical)
 		require.NoError(t, err, "%q, which is the canonical form of %q", canonical, address)
 		require.Equal(t, canonical, again.String())

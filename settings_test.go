@@ -165,6 +165,12 @@ func TestJSONRefuses(t *testing.T) {
 		{"missing port", `"backends":[{"address":"a"}]`, []string{`backend "a"`, "port is missing"}},
 		{"missing host", `"backends":[{"address":":80"}]`, []string{`backend ":80"`, "host is missing"}},
 		{"UDP", `"backends":[{"address":"udp/a:80"}]`, []string{`backend "udp/a:80"`, `network "udp"`}},
+		{"address that is not UTF-8", "\"backends\":[{\"address\":\"a\xff:80\"}]", []string{`backend "a`, "UTF-8"}},
+		{"address with a control character", `"backends":[{"address":"a\u0000:80"}]`, []string{`backend "a\x00:80"`, "printable"}},
+		{"address with a space that has no width", `"backends":[{"address":"a\u200b:80"}]`, []string{`backend "a\u200b:80"`, "printable"}},
+		{"address with a space before", `"backends":[{"address":" a:80"}]`, []string{`backend " a:80"`, `invalid host " a"`}},
+		{"Unix path with a control character", `"backends":[{"address":"unix//run/a\tb"}]`, []string{`backend "unix//run/a\tb"`, "printable"}},
+		{"Unix path that is not UTF-8", "\"backends\":[{\"address\":\"unix//run/\xff\"}]", []string{`backend "unix//run/`, "UTF-8"}},
 		{"name with a control character", `"name":"a\nb",` + backends, []string{"name", `"a\nb"`}},
 
 		{"retries -1", balancing(`"retries":-1`), []string{"load_balancing.retries -1"}},
@@ -286,6 +292,9 @@ func TestPlaceholders(t *testing.T) {
 		{"to another placeholder", "{env.TCPLB_TEST_BACKEND}", "{env.HOME}:80", []string{`backend "{env.HOME}:80"`, "placeholder"}},
 		{"to a bad address", "{env.TCPLB_TEST_BACKEND}", "127.0.0.1", []string{`backend "127.0.0.1"`, "port is missing"}},
 		{"to a port range", "127.0.0.1:{env.TCPLB_TEST_BACKEND}", "1-2", []string{`backend "127.0.0.1:1-2"`, "port range"}},
+		{"to bytes that are not UTF-8", "{env.TCPLB_TEST_BACKEND}:80", "a\xff", []string{`backend "a\xff:80"`, "UTF-8"}},
+		{"to a control character", "{env.TCPLB_TEST_BACKEND}", "a\a:80", []string{`backend "a\a:80"`, "printable"}},
+		{"to a line end", "{env.TCPLB_TEST_BACKEND}", "a:80\n", []string{`backend "a:80\n"`, "printable"}},
 		{"to one that is there", "{env.TCPLB_TEST_BACKEND}", "other:80", []string{`backend "other:80"`, "twice"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
