@@ -18,7 +18,8 @@ import (
 type target struct {
 	unix    string     // path of a Unix socket, or …
 	literal netip.Addr // … a literal IP address, valid if it is one, or …
-	host    string     // … a name to resolve at each connect
+	host    string     // … a name, which is resolved at each connect, by …
+	name    *hostName  // … this; nil if it is none
 	port    uint16
 	text    string // of all that, in canonical form
 }
@@ -76,6 +77,8 @@ func parseTarget(address string) (target, error) {
 		t.literal = ip.Unmap()
 	} else if strings.Contains(host, ":") {
 		return target{}, fmt.Errorf("%q is not an IPv6 address", host)
+	} else {
+		t.name = nameOf(t.host)
 	}
 	return t.withPort(t.port), nil
 }

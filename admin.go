@@ -45,7 +45,7 @@ type backendStatus struct {
 	ReceivedBytes    uint64     `json:"received_bytes"` // from clients
 	SentBytes        uint64     `json:"sent_bytes"`     // to clients
 	LastCheck        *time.Time `json:"last_check"`     // null = none yet
-	LastError        string     `json:"last_error"`     // of the last probe or connect; empty once a probe succeeded
+	LastError        string     `json:"last_error"`     // of the last probe or connect; empty once a probe succeeded and while names resolve
 }
 
 func serveBackends(w http.ResponseWriter, r *http.Request) error {
@@ -85,6 +85,8 @@ func (b *Backend) status(lb string) backendStatus {
 	}
 	if msg := b.lastError.Load(); msg != nil {
 		s.LastError = *msg
+	} else {
+		s.LastError = b.target.name.troubled()
 	}
 	return s
 }

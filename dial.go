@@ -41,22 +41,40 @@ func classify(err error) dialError {
 // dialFunc connects to a backend, within the timeout. Tests replace it.
 type dialFunc func(ctx context.Context, t target, timeout time.Duration) (net.Conn, error)
 
-// dialTarget is the real dialFunc. Names are resolved by Go's resolver at each
-// call, and all addresses of a name are tried, those of both families side by
-// side (RFC 8305).
+// dialTarget is the real dialFunc. A name is looked up at each call, but see
+// hostName for when that does not work, and all its addresses are tried, those
+// of both families side by side. The end of ctx ends it at once.
 //
 // It does not use Dialer.DialTCP, which binds the local end even to no address
 // in particular: a port taken by bind serves one connection only, one taken by
 // connect serves one to each destination.
 func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn, error) {
-	d := net.Dialer{Timeout: timeout, Resolver: &resolver, KeepAlive: -1} // see keepAliveAfter
+	if t.name != nil {
+		return dialName(ctx, t, time.Now().Add(timeout))
+	}
+	d := net.Dialer{Timeout: timeout, KeepAlive: -1} // see keepAliveAfter
 	if t.unix != "" {
 		return d.DialContext(ctx, "unix", t.unix)
 	}
 	return d.DialContext(ctx, "tcp", t.text)
 }
 
-var resolver = net.Resolver{PreferGo: true}
+func dialName(ctx context.Context, t target, deadline time.Time) (net.Conn, error) {
+	wait, cancel := context.WithDeadline(ctx, deadline)
+	addrs, err := t.name.resolve(wait)
+	cancel()
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: err}
+	}
+	conn, err := connectAny(ctx, addrs, t.port, deadline, connectTCP)
+	if err != nil {
+		if trouble := t.name.troubled(); trouble != "" {
+			err = fmt.Errorf("%w (%s)", err, trouble)
+		}
+		return nil, err
+	}
+	return conn, nil
+}
 
 var errNoBackend = errors.New("no backend available")
 

@@ -17,4 +17,7 @@ var (
 	}
 	// shortageErrnos: of files or memory, on this side.
 	shortageErrnos = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM}
+	// noAddressErrnos: no local port is left for a connect, or no local address
+	// of the family is there.
+	noAddressErrnos = []error{syscall.EADDRNOTAVAIL}
 )

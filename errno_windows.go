@@ -21,4 +21,5 @@ var (
 		windows.WSAEMFILE, windows.WSAENOBUFS,
 		windows.ERROR_TOO_MANY_OPEN_FILES, windows.ERROR_NOT_ENOUGH_MEMORY, windows.ERROR_NO_SYSTEM_RESOURCES,
 	}
+	noAddressErrnos = []error{windows.WSAEADDRNOTAVAIL}
 )

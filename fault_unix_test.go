@@ -3,14 +3,11 @@
 package tcplb
 
 import (
-	"context"
 	"net"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 )
 
@@ -68,78 +65,11 @@ func TestFaultBlackHoledIsFoundByChecks(t *testing.T) {
 	require.Zero(t, dialErrors(t, hole, dialTimeout), "no client's connection was tried on it")
 }
 
-// nameServer is a DNS server that knows one name, or for a while does not.
-type nameServer struct {
-	name  dnsmessage.Name
-	known atomic.Bool
-}
-
-// testNameServer is asked in place of the system's if it is set.
-var testNameServer atomic.Pointer[string]
-
-func init() {
-	resolver.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-		if a := testNameServer.Load(); a != nil {
-			network, address = "udp", *a
-		}
-		var d net.Dialer
-		return d.DialContext(ctx, network, address)
-	}
-}
-
-func startNameServer(t testing.TB, name string) *nameServer {
-	t.Helper()
-	s := &nameServer{name: dnsmessage.MustNewName(name + ".")}
-	s.known.Store(true)
-	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
-	require.NoError(t, err)
-	address := conn.LocalAddr().String()
-	testNameServer.Store(&address)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.serve(conn)
-	}()
-	t.Cleanup(func() {
-		testNameServer.Store(nil)
-		_ = conn.Close()
-		<-done
-	})
-	return s
-}
-
-func (s *nameServer) serve(conn net.PacketConn) {
-	buf := make([]byte, 1500)
-	for {
-		n, from, err := conn.ReadFrom(buf)
-		if err != nil {
-			return
-		}
-		var m dnsmessage.Message
-		if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
-			continue
-		}
-		q := m.Questions[0]
-		m.Response, m.Additionals = true, nil
-		switch {
-		case q.Name != s.name || !s.known.Load():
-			m.RCode = dnsmessage.RCodeNameError
-		case q.Type == dnsmessage.TypeA:
-			m.Answers = []dnsmessage.Resource{{
-				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class},
-				Body:   &dnsmessage.AResource{A: [4]byte{127, 0, 0, 1}},
-			}}
-		}
-		if answer, err := m.Pack(); err == nil {
-			_, _ = conn.WriteTo(answer, from)
-		}
-	}
-}
-
 func TestFaultNameStopsResolving(t *testing.T) {
 	watchLeftovers(t)
 	const host = "db.tcp-lb.test"
-	names := startNameServer(t, host)
+	names := startNameServer(t)
+	names.answer(host, "127.0.0.1")
 	s, other := duoServer(t, "named"), duoServer(t, "other")
 	named := host + ":" + portOf(s.address)
 	lb := freeAddress(t)
@@ -151,12 +81,12 @@ func TestFaultNameStopsResolving(t *testing.T) {
 	require.True(t, backendStatuses(t)[named].Healthy)
 	l := startLoad(lb, 2, 4) // streams to both
 
-	names.known.Store(false)
+	names.answer(host)
 	eventually(t, func() bool { return !backendStatuses(t)[named].Healthy }, "down, by the failed connect")
 	require.Contains(t, backendStatuses(t)[named].LastError, "no such host")
 	require.Positive(t, dialErrors(t, named, dialOther))
 	eventually(t, func() bool { return metric(t, "connections_active", labels("backend", named)) == 2 }, "its streams are left")
-	names.known.Store(true)
+	names.answer(host, "127.0.0.1")
 	reload(t, config(fastChecks))
 	eventually(t, func() bool { return backendStatuses(t)[named].Healthy }, "up again")
 	served := metric(t, "connections_total", labels("backend", named))
