@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"time"
@@ -32,46 +33,44 @@ func connectAny(ctx context.Context, addrs []netip.Addr, port uint16, deadline t
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type outcome struct {
+		family int
 		conn   net.Conn
 		err    error
-		second bool
 	}
-	outcomes := make(chan outcome, 2)
-	race := func(addrs []netip.Addr, isSecond bool) {
-		conn, err := connectInTurn(ctx, addrs, port, deadline, connect)
-		outcomes <- outcome{conn, err, isSecond}
+	families := [2][]netip.Addr{first, second}
+	outcomes := make(chan outcome, len(families))
+	race := func(family int) {
+		conn, err := connectInTurn(ctx, families[family], port, deadline, connect)
+		outcomes <- outcome{family, conn, err}
 	}
-	go race(first, false) // connectAny waits for it, and ends it if it lost
-	running, started := 1, false
-	startSecond := func() {
-		if !started {
-			started = true
+	started, running := 0, 0
+	start := func() { // the next family, if one is left
+		if started < len(families) {
+			go race(started) // waited for below, and ended by cancel once another has won
+			started++
 			running++
-			go race(second, true) // as the first
 		}
 	}
+	start()
 	headStart := time.NewTimer(fallbackDelay)
 	defer headStart.Stop()
 	var won net.Conn
-	var errs [2]error
+	var errs [len(families)]error
 	for running > 0 {
 		select {
 		case <-headStart.C:
-			startSecond()
+			start()
 		case o := <-outcomes:
 			running--
 			switch {
-			case o.err == nil && won == nil:
-				won = o.conn
-				started = true // the second has no more to do
-				cancel()
-			case o.err == nil:
+			case o.err != nil:
+				errs[o.family] = o.err
+				start()
+			case won != nil:
 				_ = o.conn.Close()
-			case o.second:
-				errs[1] = o.err
 			default:
-				errs[0] = o.err
-				startSecond()
+				won, started = o.conn, len(families)
+				cancel()
 			}
 		}
 	}
@@ -101,10 +100,14 @@ func connectInTurn(ctx context.Context, addrs []netip.Addr, port uint16, deadlin
 }
 
 // moreTelling returns the first error, unless the second says more: the first
-// may only say that this host has no such family, the second that there was no
-// file for a connect, so that the two say nothing of the backend.
+// may only say that this host has no such family; and that the dial was given
+// up, or that there was no file for it, means that the two say nothing of the
+// backend.
 func moreTelling(first, second error) error {
-	if first == nil || isAny(second, shortageErrnos) || second != nil && isAny(first, noAddressErrnos) {
+	switch {
+	case first == nil, errors.Is(second, context.Canceled), isAny(second, shortageErrnos):
+		return second
+	case second != nil && isAny(first, noAddressErrnos):
 		return second
 	}
 	return first

@@ -148,9 +148,11 @@ func TestConnectAny(t *testing.T) {
 }
 
 func TestConnectAnyEndsWithItsContext(t *testing.T) {
-	for _, list := range [][]netip.Addr{addrs("10.0.0.1"), addrs("10.0.0.1", "10.0.0.2"), addrs("fd00::1", "10.0.0.1")} {
+	lists := [][]netip.Addr{addrs("10.0.0.1"), addrs("10.0.0.1", "10.0.0.2"), addrs("fd00::1", "10.0.0.1"), addrs("10.0.0.9", "10.0.0.1"), addrs("10.0.0.9", "fd00::1")}
+	for _, list := range lists {
 		synctest.Test(t, func(t *testing.T) {
-			f := &fakeAddresses{t: t, began: time.Now(), at: map[string]time.Duration{}, gave: map[string]time.Duration{}}
+			takes, errs := map[string]time.Duration{"10.0.0.9": 0}, map[string]error{"10.0.0.9": errRefused}
+			f := &fakeAddresses{t: t, began: time.Now(), takes: takes, errs: errs, at: map[string]time.Duration{}, gave: map[string]time.Duration{}}
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(500*time.Millisecond, cancel)
 			_, err := connectAny(ctx, list, 80, f.began.Add(3*time.Second), f.connect)
@@ -172,30 +174,4 @@ func TestByFamily(t *testing.T) {
 		require.Equal(t, c.first, first)
 		require.Equal(t, c.second, second)
 	}
-}
-
-// A server is found whichever of the name's addresses it has, and what was tried
-// beside it is closed.
-func TestDialTargetTriesAllAddresses(t *testing.T) {
-	watchLeftovers(t)
-	names := startNameServer(t)
-	s := echoServer(t)
-	name, err := parseTarget("all.tcp-lb.test:" + portOf(s.address))
-	require.NoError(t, err)
-	for _, list := range [][]string{{"127.0.0.1"}, {"::1", "127.0.0.1"}, {"127.0.0.1", "::1"}, {"127.255.255.254", "127.0.0.1"}} {
-		names.answer("all.tcp-lb.test", list...)
-		c, err := dialTarget(t.Context(), name, hangTimeout)
-		require.NoError(t, err, list)
-		require.Equal(t, s.address, c.RemoteAddr().String())
-		require.NoError(t, c.Close())
-	}
-	names.answer("all.tcp-lb.test", "::1")
-	c, err := dialTarget(t.Context(), name, hangTimeout)
-	require.Error(t, err)
-	require.Nil(t, c, "a nil interface, not a nil pointer in one")
-	names.answer("all.tcp-lb.test")
-	_, err = dialTarget(t.Context(), name, hangTimeout)
-	require.ErrorContains(t, err, "dial tcp: lookup all.tcp-lb.test")
-	require.ErrorContains(t, err, "no such host")
-	require.Equal(t, dialOther, classify(err))
 }

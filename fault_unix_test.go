@@ -3,6 +3,7 @@
 package tcplb
 
 import (
+	"context"
 	"net"
 	"testing"
 	"time"
@@ -67,10 +68,10 @@ func TestFaultBlackHoledIsFoundByChecks(t *testing.T) {
 
 func TestFaultNameStopsResolving(t *testing.T) {
 	watchLeftovers(t)
-	const host = "db.tcp-lb.test"
+	s, other := duoServer(t, "named"), duoServer(t, "other")
+	host := "db-" + portOf(s.address) + ".tcp-lb.test"
 	names := startNameServer(t)
 	names.answer(host, "127.0.0.1")
-	s, other := duoServer(t, "named"), duoServer(t, "other")
 	named := host + ":" + portOf(s.address)
 	lb := freeAddress(t)
 	config := func(checks string) string {
@@ -93,4 +94,57 @@ func TestFaultNameStopsResolving(t *testing.T) {
 	eventually(t, func() bool { return metric(t, "connections_total", labels("backend", named)) > served }, "and in use")
 	l.finish(t)
 	requireBooksBalance(t, int(l.short.Load())+4)
+}
+
+func TestDialTargetEndsWithItsContext(t *testing.T) {
+	watchLeftovers(t)
+	hole := blackHole(t)
+	host := "hole-" + portOf(hole) + ".tcp-lb.test"
+	names := startNameServer(t)
+	for _, c := range []struct {
+		name, address string
+		fault         fault
+	}{
+		{"an address", hole, faultNone},
+		{"a name", host + ":" + portOf(hole), faultNone},
+		{"a name that is being looked up", "un" + host + ":80", faultSilent},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			names.answer(host, "127.0.0.1", "::1")
+			names.fail(c.fault)
+			to, err := parseTarget(c.address)
+			require.NoError(t, err)
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(10*time.Millisecond, cancel)
+			_, err = dialTarget(ctx, to, 2*hangTimeout)
+			require.ErrorContains(t, err, "operation was canceled")
+		})
+	}
+}
+
+// A server is found whichever of the name's addresses it has, and what was tried
+// beside it is closed.
+func TestDialTargetTriesAllAddresses(t *testing.T) {
+	watchLeftovers(t)
+	names := startNameServer(t)
+	s := echoServer(t)
+	host := "all-" + portOf(s.address) + ".tcp-lb.test"
+	name, err := parseTarget(host + ":" + portOf(s.address))
+	require.NoError(t, err)
+	for _, list := range [][]string{{"127.0.0.1"}, {"::1", "127.0.0.1"}, {"127.0.0.1", "::1"}, {"127.255.255.254", "127.0.0.1"}} {
+		names.answer(host, list...)
+		c, err := dialTarget(t.Context(), name, hangTimeout)
+		require.NoError(t, err, list)
+		require.Equal(t, s.address, c.RemoteAddr().String())
+		require.NoError(t, c.Close())
+	}
+	names.answer(host, "::1")
+	c, err := dialTarget(t.Context(), name, hangTimeout)
+	require.Error(t, err)
+	require.Nil(t, c, "a nil interface, not a nil pointer in one")
+	names.answer(host)
+	_, err = dialTarget(t.Context(), name, hangTimeout)
+	require.ErrorContains(t, err, "dial tcp: lookup "+host)
+	require.ErrorContains(t, err, "no such host")
+	require.Equal(t, dialOther, classify(err))
 }
