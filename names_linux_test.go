@@ -7,18 +7,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zaptest/observer"
 )
-
-// observeNames has the log of names in the test's hands.
-func observeNames(t testing.TB) *observer.ObservedLogs {
-	core, logs := observer.New(zap.DebugLevel)
-	was := namesLog
-	namesLog = func() *zap.Logger { return zap.New(core) }
-	t.Cleanup(func() { namesLog = was })
-	return logs
-}
 
 // newHost is a name that nothing remembers of an earlier test.
 func newHost(s *server) string { return "at-" + portOf(s.address) + ".tcp-lb.test" }
@@ -94,6 +83,7 @@ func testFaultResolver(t *testing.T, f fault) {
 	require.Zero(t, metric(t, "connection_errors_total", nil))
 	require.Zero(t, metric(t, "health_transitions_total", nil))
 	requireBooksBalance(t, int(l.short.Load())+4)
+	eventually(t, func() bool { return logs.Len() == 4 }, "the log tells the beginning and the end, for each name: %v", lazily(func() any { return logs.All() }))
 	require.ElementsMatch(t, []string{logServesOn, logServesOn, logAnswered, logAnswered}, logged(logs))
 }
 

@@ -66,13 +66,31 @@ func addrs(texts ...string) (list []netip.Addr) {
 
 const forEver = 1000 * time.Hour
 
+// observedNames has the log of names if it is set.
+var observedNames atomic.Pointer[zap.Logger]
+
+func init() {
+	caddys := namesLog
+	namesLog = func() *zap.Logger {
+		if l := observedNames.Load(); l != nil {
+			return l
+		}
+		return caddys()
+	}
+}
+
+// observeNames returns what is logged of names during the test.
+func observeNames(t testing.TB) *observer.ObservedLogs {
+	core, logs := observer.New(zap.DebugLevel)
+	observedNames.Store(zap.New(core))
+	t.Cleanup(func() { observedNames.Store(nil) })
+	return logs
+}
+
 // testName runs the test in a bubble, with a name that the test resolves, and
 // the log of names.
 func testName(t *testing.T, test func(t *testing.T, n *hostName, f *fakeLookup, logs *observer.ObservedLogs)) {
-	core, logs := observer.New(zap.DebugLevel)
-	was := namesLog
-	namesLog = func() *zap.Logger { return zap.New(core) }
-	defer func() { namesLog = was }()
+	logs := observeNames(t)
 	slots, trouble := lookupSlots, troubleSlots
 	defer func() { lookupSlots, troubleSlots = slots, trouble }()
 	synctest.Test(t, func(t *testing.T) {
@@ -113,6 +131,13 @@ func requireAllResolve(t *testing.T, n *hostName, after time.Duration, addresses
 	}
 }
 
+// requireLogged has the messages logged since the last call, in a bubble.
+func requireLogged(t *testing.T, logs *observer.ObservedLogs, messages ...string) {
+	t.Helper()
+	synctest.Wait()
+	require.Equal(t, messages, logged(logs))
+}
+
 func logged(logs *observer.ObservedLogs) (messages []string) {
 	for _, l := range logs.TakeAll() {
 		messages = append(messages, l.Level.String()+" "+l.Message)
@@ -135,7 +160,7 @@ func TestNameIsLookedUpEachTime(t *testing.T) {
 		requireAllResolve(t, n, 20*time.Millisecond, "10.0.0.2", "10.0.0.3")
 		require.Equal(t, 3, f.count(), "one for all who ask at a time")
 		require.Empty(t, n.troubled())
-		require.Empty(t, logged(logs))
+		requireLogged(t, logs)
 	})
 }
 
@@ -155,7 +180,7 @@ func TestNameOfAResolverThatStalls(t *testing.T) {
 			requireResolves(t, n, 0, "10.0.0.1")
 		}
 		require.Equal(t, 2, f.count(), "nobody starts another")
-		require.Equal(t, []string{logServesOn}, logged(logs))
+		requireLogged(t, logs, logServesOn)
 
 		time.Sleep(lookupTimeout)
 		require.Equal(t, "lookup db: i/o timeout; using its addresses of "+answered, n.troubled())
@@ -165,14 +190,14 @@ func TestNameOfAResolverThatStalls(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, 3, f.count())
 		time.Sleep(lookupTimeout + lookupAgain)
-		require.Empty(t, logged(logs), "once a trouble")
+		requireLogged(t, logs)
 
 		f.set(time.Millisecond, nil, "10.0.0.2")
 		requireResolves(t, n, 0, "10.0.0.1")
 		time.Sleep(time.Millisecond)
 		synctest.Wait()
 		require.Empty(t, n.troubled())
-		require.Equal(t, []string{logAnswered}, logged(logs))
+		requireLogged(t, logs, logAnswered)
 		requireResolves(t, n, time.Millisecond, "10.0.0.2")
 	})
 }
@@ -185,7 +210,7 @@ func TestNameOfAResolverThatFails(t *testing.T) {
 		require.Empty(t, n.troubled(), "the connect's error says it")
 		f.set(0, nil, "10.0.0.1")
 		requireResolves(t, n, 0, "10.0.0.1")
-		require.Empty(t, logged(logs))
+		requireLogged(t, logs)
 
 		f.set(time.Millisecond, serverFail)
 		asked := f.count()
@@ -198,7 +223,7 @@ func TestNameOfAResolverThatFails(t *testing.T) {
 		time.Sleep(staleFor - time.Second)
 		requireResolves(t, n, 0, "10.0.0.1")
 		require.Contains(t, n.troubled(), "server misbehaving; using its addresses of ")
-		require.Equal(t, []string{logServesOn}, logged(logs))
+		requireLogged(t, logs, logServesOn)
 		time.Sleep(2 * time.Second)
 		_, err = n.resolve(t.Context())
 		require.ErrorIs(t, err, serverFail, "their time is over")
@@ -206,7 +231,7 @@ func TestNameOfAResolverThatFails(t *testing.T) {
 
 		f.set(0, nil, "10.0.0.9")
 		requireResolves(t, n, 0, "10.0.0.9")
-		require.Equal(t, []string{logAnswered}, logged(logs))
+		requireLogged(t, logs, logAnswered)
 	})
 }
 
@@ -232,7 +257,7 @@ func TestNameThatEnds(t *testing.T) {
 		require.Empty(t, n.troubled())
 		_, err = n.resolve(t.Context())
 		require.ErrorIs(t, err, noSuchHost)
-		require.Equal(t, []string{logServesOn, logAnswered}, logged(logs))
+		requireLogged(t, logs, logServesOn, logAnswered)
 	})
 }
 
@@ -274,7 +299,7 @@ func TestNameOfAResolverThatIsAlwaysLate(t *testing.T) {
 			got[a[0].String()] = true
 		}
 		require.Equal(t, map[string]bool{"10.0.0.1": true, "10.0.0.2": true}, got, "late answers count")
-		require.Equal(t, []string{logServesOn}, logged(logs), "once")
+		requireLogged(t, logs, logServesOn)
 		require.Contains(t, n.troubled(), "no answer within 1s")
 	})
 }
@@ -418,4 +443,16 @@ func TestLookupHostWithoutDNS(t *testing.T) {
 		require.True(t, isNotFound(err), "%s: %v", name, err)
 	}
 	require.Zero(t, s.questions())
+}
+
+// Lookups leave at least half of the reserve of files to others.
+func TestLookupSlots(t *testing.T) {
+	for _, limit := range []uint64{0, 64, 256, 1024, 20_000, 1 << 40} {
+		all, trouble := newLookupSlots(limit)
+		require.Positive(t, cap(all))
+		require.Positive(t, cap(trouble))
+		if limit > 0 {
+			require.LessOrEqual(t, uint64(2*(cap(all)+cap(trouble))), min(128, limit/4)/2, "limit %d", limit)
+		}
+	}
 }
