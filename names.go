@@ -23,6 +23,9 @@ const (
 	lookupLate = time.Second
 	// lookupAgain is the least time from one failed lookup to the next.
 	lookupAgain = time.Second
+	// lookupRecent is how long after a failed lookup a connect does not wait for
+	// the next one at all.
+	lookupRecent = 10 * time.Second
 	// lookupTimeout ends a lookup. It is what Go's resolver takes by default to
 	// ask three servers twice.
 	lookupTimeout = 30 * time.Second
@@ -105,8 +108,8 @@ func forgetName(host string) {
 
 // resolve returns the addresses to try. Each call looks the name up, together
 // with others at the same time. It returns what is remembered instead when the
-// answer is not there after lookupWait, or at once where the last lookup was in
-// trouble; then the lookup goes on for those who come later.
+// answer is not there after lookupWait, or at once where lookups have just been
+// in trouble; then the lookup goes on for those who come later.
 func (n *hostName) resolve(ctx context.Context) ([]netip.Addr, error) {
 	now := time.Now()
 	n.mu.Lock()
@@ -115,20 +118,27 @@ func (n *hostName) resolve(ctx context.Context) ([]netip.Addr, error) {
 	if l == nil && (known == nil || n.trouble == nil || now.Sub(n.failedAt) >= lookupAgain) {
 		l = n.beginLocked(now)
 	}
-	var warn func()
-	if l != nil && now.Sub(l.began) >= lookupLate {
-		warn = n.troubledLocked(n.late(), known)
+	late := l != nil && now.Sub(l.began) >= lookupLate
+	var tell func()
+	if late {
+		tell = n.troubledLocked(n.late(), known)
 	}
-	troubled := n.trouble != nil
+	hopeless := late || n.trouble != nil && now.Sub(n.failedAt) < lookupRecent
 	n.mu.Unlock()
-	run(warn)
-	if known == nil {
+	run(tell)
+	switch {
+	case known == nil:
 		return n.await(ctx, l)
-	}
-	if troubled {
+	case hopeless:
 		return known, nil
 	}
-	t := time.NewTimer(time.Until(l.began.Add(lookupWait)))
+	until := l.began.Add(lookupWait)
+	if deadline, ok := ctx.Deadline(); ok {
+		if half := now.Add(deadline.Sub(now) / 2); half.Before(until) {
+			until = half // the rest is for the connect
+		}
+	}
+	t := time.NewTimer(time.Until(until))
 	defer t.Stop()
 	select {
 	case <-l.done:

@@ -221,7 +221,7 @@ func TestNameOfAResolverThatFails(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, asked+1, f.count(), "not more often than lookupAgain")
 		time.Sleep(staleFor - time.Second)
-		requireResolves(t, n, 0, "10.0.0.1")
+		requireResolves(t, n, time.Millisecond, "10.0.0.1")
 		require.Contains(t, n.troubled(), "server misbehaving; using its addresses of ")
 		requireLogged(t, logs, logServesOn)
 		time.Sleep(2 * time.Second)
@@ -315,6 +315,35 @@ func TestNameWaitEndsWithItsContext(t *testing.T) {
 		_, err := n.resolve(ctx)
 		require.ErrorIs(t, err, context.Canceled)
 		require.Equal(t, time.Millisecond, time.Since(began))
+	})
+}
+
+// Nobody connects while the trouble ends.
+func TestNameThatNobodyUsedForAWhile(t *testing.T) {
+	testName(t, func(t *testing.T, n *hostName, f *fakeLookup, logs *observer.ObservedLogs) {
+		f.set(0, nil, "10.0.0.1")
+		requireResolves(t, n, 0, "10.0.0.1")
+		f.set(0, serverFail)
+		requireResolves(t, n, 0, "10.0.0.1")
+		f.set(time.Millisecond, nil, "10.0.0.2")
+		time.Sleep(lookupRecent)
+		requireResolves(t, n, time.Millisecond, "10.0.0.2")
+		requireLogged(t, logs, logServesOn, logAnswered)
+	})
+}
+
+func TestNameWithLittleTime(t *testing.T) {
+	testName(t, func(t *testing.T, n *hostName, f *fakeLookup, _ *observer.ObservedLogs) {
+		f.set(0, nil, "10.0.0.1")
+		requireResolves(t, n, 0, "10.0.0.1")
+		f.set(forEver, nil)
+		began := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		got, err := n.resolve(ctx)
+		require.NoError(t, err)
+		require.Equal(t, addrs("10.0.0.1"), got)
+		require.Equal(t, 10*time.Millisecond, time.Since(began), "half of it is left for the connect")
 	})
 }
 
