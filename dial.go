@@ -154,6 +154,8 @@ func (g *generation) dialBackend(b *Backend) (net.Conn, time.Duration, error) {
 	}
 	b.stats.errors[classify(err)].Add(1)
 	b.setError(err)
-	b.checkSoon()
+	if !isScarcity(err) {
+		b.checkSoon()
+	}
 	return nil, took, fmt.Errorf("dialing backend %q: %w", b.address, err)
 }

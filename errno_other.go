@@ -15,8 +15,8 @@ var (
 		syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNABORTED,
 		syscall.ETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH,
 	}
-	// shortageErrnos: of files or memory, on this side.
-	shortageErrnos = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM}
+	// shortageErrnos: of files, memory or places in epoll (ENOSPC), on this side.
+	shortageErrnos = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ENOSPC}
 	// noAddressErrnos: no local port is left for a connect, or no local address
 	// of the family is there.
 	noAddressErrnos = []error{syscall.EADDRNOTAVAIL}

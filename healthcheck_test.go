@@ -234,11 +234,21 @@ func TestHangingProbeTimesOut(t *testing.T) {
 	})
 }
 
-// A probe that fails for want of files here says nothing of the backend.
+// A probe that fails for want of something here says nothing of the backend.
 func TestScarcityIsNoVerdict(t *testing.T) {
+	for name, err := range map[string]error{
+		"too many open files":             os.NewSyscallError("socket", syscall.EMFILE),
+		"cannot assign requested address": os.NewSyscallError("connect", syscall.EADDRNOTAVAIL), // no local port
+		"no space left on device":         os.NewSyscallError("epoll_ctl", syscall.ENOSPC),
+	} {
+		t.Run(name, func(t *testing.T) { testScarcity(t, &net.OpError{Op: "dial", Err: err}, name) })
+	}
+}
+
+func testScarcity(t *testing.T, scarcity error, message string) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
-		f.fail(one, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)})
+		f.fail(one, scarcity)
 		g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
 		b := g.members[0].Backend
@@ -246,7 +256,14 @@ func TestScarcityIsNoVerdict(t *testing.T) {
 		require.Len(t, f.times(one), 6, "it is tried again at the fast interval")
 		require.True(t, b.Available())
 		require.Zero(t, b.stats.checksFailed.Load()+b.stats.checksPassed.Load())
-		require.Contains(t, *b.lastError.Load(), "too many open files")
+		require.Contains(t, *b.lastError.Load(), message)
+
+		before := len(f.times(one))
+		_, err := g.connect(nil)
+		require.ErrorIs(t, err, scarcity)
+		synctest.Wait()
+		require.Len(t, f.times(one), before+1, "nor does such a connect, which causes no probe")
+		require.Contains(t, *b.lastError.Load(), message)
 		f.fail(one, errRefused)
 		time.Sleep(time.Second)
 		require.False(t, b.Available(), "the first result that is one decides alone")
