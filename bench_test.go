@@ -77,6 +77,7 @@ func BenchmarkProbe(b *testing.B) {
 	c.settings.Store(&generation{dial: dialTarget, checks: checkSettings{timeout: hangTimeout}})
 	b.ReportAllocs()
 	for b.Loop() {
-		require.NoError(b, c.probe(b.Context()))
+		_, err := c.probe(b.Context())
+		require.NoError(b, err)
 	}
 }

@@ -57,7 +57,11 @@ type checker struct {
 	cancel   context.CancelFunc
 	done     chan struct{}
 	after    <-chan struct{} // the end of the backend's previous checker; nil = none
-	verdict  verdict         // the loop's own
+
+	// The loop's own:
+	verdict verdict
+	began   time.Time // when the last probe did
+	slow    bool      // the last probe took longer than promptTime
 }
 
 // checkLocked makes g's the settings of b's checker, starting it if need be.
@@ -133,12 +137,7 @@ func (c *checker) run(ctx context.Context) {
 		case <-c.suspect:
 		case <-timer.C:
 		}
-		if !probeSlots.acquire(ctx) {
-			return
-		}
-		began := time.Now()
-		err := c.probe(ctx)
-		probeSlots.release()
+		took, err := c.probe(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -148,7 +147,7 @@ func (c *checker) run(ctx context.Context) {
 			timer.Reset(checks.fastInterval)
 			continue
 		}
-		c.judge(ctx, err, time.Since(began))
+		c.judge(ctx, err, took)
 		pause := checks.interval
 		switch {
 		case c.verdict.run > 0:
@@ -158,7 +157,7 @@ func (c *checker) run(ctx context.Context) {
 			pause = spread(checks.interval)
 		}
 		first = false
-		timer.Reset(max(0, pause-time.Since(began)))
+		timer.Reset(max(0, pause-time.Since(c.began)))
 	}
 }
 
@@ -167,8 +166,34 @@ func spread(interval time.Duration) time.Duration {
 	return rand.N(interval) + 1
 }
 
-// probe makes and closes one connection to the backend, or to its health port.
-func (c *checker) probe(ctx context.Context) error {
+// probe makes and closes one connection to the backend, or to its health port,
+// as soon as it has a place in the lanes. It returns how long that took.
+func (c *checker) probe(ctx context.Context) (took time.Duration, err error) {
+	for err = errBrokenOff; err == errBrokenOff && ctx.Err() == nil; {
+		place := lanes.enter(ctx, c.queue(), nil)
+		if place == nil {
+			break
+		}
+		c.began = time.Now()
+		err = place.run(c.connect)
+		took = time.Since(c.began)
+		c.slow = took >= promptTime || err == errBrokenOff
+	}
+	return took, err
+}
+
+func (c *checker) queue() queue {
+	switch {
+	case !c.slow:
+		return promptQueue
+	case c.verdict.down:
+		return slowQueue
+	default:
+		return urgentQueue
+	}
+}
+
+func (c *checker) connect(ctx context.Context) error {
 	g := c.settings.Load()
 	t := c.backend.target
 	if g.checks.port != 0 {

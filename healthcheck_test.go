@@ -57,6 +57,8 @@ type fakeNet struct {
 	hanging map[string]bool
 	dials   map[string][]time.Time
 	current map[string]int
+	open    int // dials under way
+	most    int // the most there were at once
 	overlap bool
 	latency time.Duration
 }
@@ -74,11 +76,14 @@ func (f *fakeNet) dial(ctx context.Context, t target, timeout time.Duration) (ne
 	f.dials[address] = append(f.dials[address], time.Now())
 	f.current[address]++
 	f.overlap = f.overlap || f.current[address] > 1
+	f.open++
+	f.most = max(f.most, f.open)
 	err, hangs, latency := f.failing[address], f.hanging[address], f.latency
 	f.mu.Unlock()
 	defer func() {
 		f.mu.Lock()
 		f.current[address]--
+		f.open--
 		f.mu.Unlock()
 	}()
 	if hangs {
@@ -101,6 +106,15 @@ func (f *fakeNet) fail(address string, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.failing[address] = err
+}
+
+// hang makes dials of the addresses take until their timeout.
+func (f *fakeNet) hang(addresses ...string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, a := range addresses {
+		f.hanging[a] = true
+	}
 }
 
 func (f *fakeNet) overlapped() bool {

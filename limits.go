@@ -1,7 +1,6 @@
 package tcplb
 
 import (
-	"context"
 	"errors"
 	"math"
 	"net"
@@ -11,10 +10,7 @@ import (
 // The balancer must never let the process run out of files: caddy-l4 stops
 // accepting for good when it does. So every file that it opens, or has caddy-l4
 // open for it, is taken from one budget for the process, and refused in time.
-var (
-	files      = newFileBudget(openFileLimit())
-	probeSlots = newSemaphore(files.probes)
-)
+var files = newFileBudget(openFileLimit())
 
 const (
 	filesPerConnection = 2 // the client's socket and the backend's
@@ -57,9 +53,11 @@ func (f *fileBudget) acquire(n int64) bool { return acquireUpTo(&f.used, n, f.li
 
 func (f *fileBudget) release(n int64) { f.used.Add(-n) }
 
-// acquirePair takes the files of one connection, for which spare pipes give way.
+// acquirePair takes the files of one connection, for which spare pipes and slow
+// probes give way.
 func (f *fileBudget) acquirePair() bool {
-	return f.acquire(filesPerConnection) || freePipes() && f.acquire(filesPerConnection)
+	return f.acquire(filesPerConnection) || freePipes() && f.acquire(filesPerConnection) ||
+		lanes.giveWay(filesPerConnection) && f.acquire(filesPerConnection)
 }
 
 func (f *fileBudget) releasePair() { f.release(filesPerConnection) }
@@ -109,20 +107,3 @@ func lacksPorts(err error) bool {
 	}
 	return !isAny(err, noAddressErrnos)
 }
-
-// semaphore bounds how many probes are under way at once.
-type semaphore chan struct{}
-
-func newSemaphore(n int) semaphore { return make(semaphore, n) }
-
-// acquire waits for a slot; it reports false when ctx ended first.
-func (s semaphore) acquire(ctx context.Context) bool {
-	select {
-	case s <- struct{}{}:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-func (s semaphore) release() { <-s }

@@ -24,6 +24,23 @@ func newLookupSlots(limit uint64) (all, trouble semaphore) {
 	return newSemaphore(n - n/4), newSemaphore(n / 4)
 }
 
+// semaphore bounds how many lookups are under way at once.
+type semaphore chan struct{}
+
+func newSemaphore(n int) semaphore { return make(semaphore, n) }
+
+// acquire waits for a slot; it reports false when ctx ended first.
+func (s semaphore) acquire(ctx context.Context) bool {
+	select {
+	case s <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (s semaphore) release() { <-s }
+
 // answer is what a lookup found.
 type answer struct {
 	addrs []netip.Addr
