@@ -34,8 +34,8 @@ type Backend struct {
 	drain    *time.Timer // runs once no config names it
 	cutAt    bool        // the drain timeout is over: later sessions end at once
 
-	checker *checker                      // the running one, or the last; guarded by the registry's mutex
-	suspect atomic.Pointer[chan struct{}] // of the running checker: see checkSoon
+	checker  *checker                // the running one, or the last; guarded by the registry's mutex
+	checking atomic.Pointer[checker] // the running one: see checkSoon and probeWanted
 }
 
 // stats are a backend's counters. All only ever grow.

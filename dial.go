@@ -126,6 +126,7 @@ func (g *generation) connectOnce(client net.Addr, attempts *int) (link, error) {
 	for range 1 + g.retries {
 		b := g.pick(client, tried)
 		if b == nil {
+			g.wantProbes()
 			break
 		}
 		if len(tried) > 0 {

@@ -13,7 +13,7 @@ import (
 type checkSettings struct {
 	enabled       bool
 	interval      time.Duration // from probe to probe, start to start
-	fastInterval  time.Duration // the same while a verdict is changing
+	fastInterval  time.Duration // the same while a verdict is changing, and just after it went down
 	timeout       time.Duration
 	passes, fails int
 	port          uint16 // 0 = the backend's own
@@ -47,21 +47,46 @@ func (v verdict) next(passed bool, passes, fails int) verdict {
 	return v
 }
 
+// pause returns the time from a probe's start to that of the next. Of a backend
+// that is down for so long it is the fast interval at first, twice that after
+// it, and so on up to the interval.
+func (s checkSettings) pause(v verdict, downFor time.Duration) time.Duration {
+	switch {
+	case v.run > 0:
+		return s.fastInterval
+	case v.down:
+		return min(s.fastInterval+downFor, s.interval)
+	default:
+		return s.interval
+	}
+}
+
+// Probes that are asked for come no closer than this, or the fast interval.
+const (
+	wantedSpacing  = 100 * time.Millisecond // somebody waits for a backend that is down
+	suspectSpacing = 10 * time.Millisecond  // connects fail, but the last probe that they caused passed
+)
+
 // checker probes one backend for as long as a running config names it with
 // checks on.
 type checker struct {
 	backend  *Backend
-	settings atomic.Pointer[generation] // whose checks, logger and events hold
+	settings atomic.Pointer[generation] // whose checks, dial and logger hold
 	changed  chan struct{}              // settings has another value
 	suspect  chan struct{}              // a real connect failed
-	cancel   context.CancelFunc
+	wanted   chan struct{}              // a client waits, or was turned away
+	cancel   context.CancelFunc         // nil once stopped; guarded by the registry's mutex
 	done     chan struct{}
 	after    <-chan struct{} // the end of the backend's previous checker; nil = none
 
 	// The loop's own:
-	verdict verdict
-	began   time.Time // when the last probe did
-	slow    bool      // the last probe took longer than promptTime
+	verdict   verdict
+	downSince time.Time
+	began     time.Time // when the last probe did
+	due       time.Time // when the next is
+	slow      bool      // the last probe took longer than promptTime
+	asked     bool      // a client has need of the next
+	suspected bool      // a failed connect caused the last
 }
 
 // checkLocked makes g's the settings of b's checker, starting it if need be.
@@ -79,6 +104,7 @@ func (b *Backend) checkLocked(g *generation) {
 		backend: b,
 		changed: make(chan struct{}, 1),
 		suspect: make(chan struct{}, 1),
+		wanted:  make(chan struct{}, 1),
 		cancel:  cancel,
 		done:    make(chan struct{}),
 	}
@@ -87,9 +113,9 @@ func (b *Backend) checkLocked(g *generation) {
 	}
 	c.settings.Store(g)
 	b.checker = c
-	b.suspect.Store(&c.suspect)
+	b.checking.Store(c)
 	// Owned by the backend; ends by stopCheckingLocked. Only the next checker
-	// waits for it: a reload must not, as an event handler may cause one.
+	// waits for it: a reload must not.
 	go c.run(ctx)
 }
 
@@ -97,7 +123,7 @@ func (b *Backend) checkLocked(g *generation) {
 // registry's mutex must be held.
 func (b *Backend) stopCheckingLocked() {
 	if c := b.checker; c != nil && c.cancel != nil {
-		b.suspect.Store(nil)
+		b.checking.Store(nil)
 		c.cancel()
 		c.cancel = nil
 	}
@@ -105,8 +131,19 @@ func (b *Backend) stopCheckingLocked() {
 
 // checkSoon has the backend probed at once, after a connect to it failed.
 func (b *Backend) checkSoon() {
-	if c := b.suspect.Load(); c != nil {
-		signal(*c)
+	if c := b.checking.Load(); c != nil && b.healthy.Load() {
+		signal(c.suspect)
+	}
+}
+
+// probeWanted has the backend probed soon if it is down, since a client has
+// need of it. It is cheap, for many clients at once.
+func (b *Backend) probeWanted() {
+	if b.healthy.Load() {
+		return
+	}
+	if c := b.checking.Load(); c != nil {
+		signal(c.wanted)
 	}
 }
 
@@ -124,19 +161,11 @@ func (c *checker) run(ctx context.Context) {
 		<-c.after
 	}
 	c.verdict.down = !c.backend.healthy.Load()
+	c.downSince = time.Now()
 	timer := time.NewTimer(0) // the first probe is at once
 	defer timer.Stop()
 	first := true
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-c.changed:
-			timer.Reset(spread(c.settings.Load().checks.interval))
-			continue
-		case <-c.suspect:
-		case <-timer.C:
-		}
+	for c.wait(ctx, timer) {
 		took, err := c.probe(ctx)
 		if ctx.Err() != nil {
 			return
@@ -144,20 +173,70 @@ func (c *checker) run(ctx context.Context) {
 		checks := c.settings.Load().checks
 		if isScarcity(err) { // which says nothing of the backend
 			c.backend.setError(err)
-			timer.Reset(checks.fastInterval)
+			c.next(timer, checks.fastInterval)
 			continue
 		}
 		c.judge(ctx, err, took)
-		pause := checks.interval
+		pause := checks.pause(c.verdict, time.Since(c.downSince))
+		c.asked = c.asked && c.verdict.down && c.verdict.run > 0
 		switch {
-		case c.verdict.run > 0:
-			pause = checks.fastInterval
-		case first:
+		case c.asked: // and it is coming back
+			pause = min(wantedSpacing, pause)
+		case first && pause == checks.interval:
 			// Backends of one config start in step; this takes them out of it.
-			pause = spread(checks.interval)
+			pause = spread(pause)
+		case c.verdict.down && c.verdict.run == 0 && pause < checks.interval:
+			// So do those that went down together.
+			pause -= rand.N(pause/4 + 1)
 		}
 		first = false
-		timer.Reset(max(0, pause-time.Since(c.began)))
+		c.next(timer, pause)
+	}
+}
+
+// next sets the timer for the next probe.
+func (c *checker) next(timer *time.Timer, pause time.Duration) {
+	c.due = c.began.Add(pause)
+	timer.Reset(time.Until(c.due))
+}
+
+// wait returns when the next probe is due. It reports false when ctx ended
+// first.
+func (c *checker) wait(ctx context.Context, timer *time.Timer) bool {
+	again := c.suspected && c.verdict.settled && c.verdict.run == 0
+	c.suspected = false
+	for {
+		checks := c.settings.Load().checks
+		var spacing time.Duration
+		select {
+		case <-ctx.Done():
+			return false
+		case <-timer.C:
+			return true
+		case <-c.changed:
+			pause := c.settings.Load().checks.pause(c.verdict, time.Since(c.downSince))
+			c.due = time.Now().Add(spread(pause))
+			timer.Reset(time.Until(c.due))
+			continue
+		case <-c.suspect:
+			if c.verdict.down { // which it was not yet when the connect began
+				continue
+			}
+			c.suspected = true
+			if again {
+				spacing = min(suspectSpacing, checks.fastInterval)
+			}
+		case <-c.wanted:
+			if !c.verdict.down {
+				continue
+			}
+			c.asked = true
+			spacing = min(wantedSpacing, checks.fastInterval)
+		}
+		if at := c.began.Add(spacing); at.Before(c.due) {
+			c.due = at
+			timer.Reset(time.Until(at))
+		}
 	}
 }
 
@@ -170,7 +249,7 @@ func spread(interval time.Duration) time.Duration {
 // as soon as it has a place in the lanes. It returns how long that took.
 func (c *checker) probe(ctx context.Context) (took time.Duration, err error) {
 	for err = errBrokenOff; err == errBrokenOff && ctx.Err() == nil; {
-		place := lanes.enter(ctx, c.queue(), nil)
+		place := lanes.enter(ctx, c.queue(), c.wanted)
 		if place == nil {
 			break
 		}
@@ -186,7 +265,7 @@ func (c *checker) queue() queue {
 	switch {
 	case !c.slow:
 		return promptQueue
-	case c.verdict.down:
+	case c.verdict.down && !c.asked:
 		return slowQueue
 	default:
 		return urgentQueue
@@ -225,6 +304,7 @@ func (c *checker) judge(ctx context.Context, err error, took time.Duration) {
 	if c.verdict.down == was.down {
 		return
 	}
+	c.downSince = time.Now()
 	b.setHealthy(!c.verdict.down)
 	b.pool.rebuild()
 	b.announce(ctx, g, err)

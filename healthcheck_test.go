@@ -50,6 +50,29 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
+func TestPause(t *testing.T) {
+	checks := checkSettings{interval: 10 * time.Second, fastInterval: time.Second}
+	up, down := verdict{settled: true}, verdict{down: true, settled: true}
+	for _, c := range []struct {
+		name    string
+		verdict verdict
+		downFor time.Duration
+		want    time.Duration
+	}{
+		{"up", up, 0, 10 * time.Second},
+		{"up, after a failure", verdict{run: 1, settled: true}, 0, time.Second},
+		{"just down", down, 0, time.Second},
+		{"then twice that", down, time.Second, 2 * time.Second},
+		{"and twice that", down, 3 * time.Second, 4 * time.Second},
+		{"and so on", down, 7 * time.Second, 8 * time.Second},
+		{"up to the interval", down, 15 * time.Second, 10 * time.Second},
+		{"for as long as it lasts", down, 1000 * time.Hour, 10 * time.Second},
+		{"coming back after a long time", verdict{down: true, run: 1, settled: true}, time.Hour, time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) { require.Equal(t, c.want, checks.pause(c.verdict, c.downFor)) })
+	}
+}
+
 // fakeNet answers dials by address and keeps their times.
 type fakeNet struct {
 	mu      sync.Mutex
@@ -212,6 +235,41 @@ func TestChecksFindDownAndUp(t *testing.T) {
 		require.Equal(t, 1, logs.FilterMessage("backend is down").Len(), "only the transition is logged")
 		require.Equal(t, 1, logs.FilterMessage("backend is up").Len())
 		require.EqualValues(t, b.stats.checksPassed.Load()+b.stats.checksFailed.Load(), len(f.times(one)))
+	})
+}
+
+func TestDownBackendIsProbedEverMoreRarely(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNet()
+		f.fail(one, errRefused)
+		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
+		for range 2 { // it starts over each time
+			start := len(f.times(one))
+			if start == 0 {
+				g.start()
+			} else {
+				f.fail(one, errRefused)
+				g.members[0].Backend.checkSoon()
+				synctest.Wait()
+				start++ // the second failure took it down
+			}
+			time.Sleep(time.Minute)
+			times := f.times(one)[start:]
+			last := time.Duration(0)
+			for i := 1; i < len(times); i++ {
+				gap := times[i].Sub(times[i-1])
+				most := min(time.Second+times[i-1].Sub(times[0]), 10*time.Second)
+				require.LessOrEqual(t, gap, most)
+				require.GreaterOrEqual(t, gap, most*3/4, "less a part, so that many don't keep step")
+				last = gap
+			}
+			require.Equal(t, 10*time.Second, last)
+			require.Less(t, times[3].Sub(times[0]), 8*time.Second, "four within the first seconds")
+			f.fail(one, nil)
+			time.Sleep(11*time.Second + time.Millisecond)
+			require.True(t, g.members[0].Backend.Available())
+		}
+		g.stop()
 	})
 }
 

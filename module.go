@@ -81,8 +81,9 @@ type ActiveHealthChecks struct {
 	Disabled bool `json:"disabled,omitempty"`
 	// Interval is the time from probe to probe of one backend. Default and 0: 10s.
 	Interval caddy.Duration `json:"interval,omitempty"`
-	// FastInterval is the same while results speak against the verdict. Default
-	// and 0: 1s, or Interval if that is less. It may not exceed Interval.
+	// FastInterval is the same while results speak against the verdict. After a
+	// backend went down it grows from this to Interval. Default and 0: 1s, or
+	// Interval if that is less. It may not exceed Interval.
 	FastInterval caddy.Duration `json:"fast_interval,omitempty"`
 	// Timeout is the time for one probe. Default and 0: 2s.
 	Timeout caddy.Duration `json:"timeout,omitempty"`

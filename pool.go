@@ -22,6 +22,7 @@ type pool struct {
 	// none runs.
 	newest atomic.Pointer[generation]
 	active atomic.Int64 // connections being handled, with a backend or without
+	demand demand       // for probes
 
 	noBackend       atomic.Uint64 // connections for which none could be reached
 	overLimit       atomic.Uint64 // connections over the limit
