@@ -36,6 +36,7 @@ type Backend struct {
 
 	checker  *checker                // the running one, or the last; guarded by the registry's mutex
 	checking atomic.Pointer[checker] // the running one: see checkSoon and probeWanted
+	events   eventQueue
 }
 
 // stats are a backend's counters. All only ever grow.

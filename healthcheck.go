@@ -3,6 +3,7 @@ package tcplb
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -176,7 +177,7 @@ func (c *checker) run(ctx context.Context) {
 			c.next(timer, checks.fastInterval)
 			continue
 		}
-		c.judge(ctx, err, took)
+		c.judge(err, took)
 		pause := checks.pause(c.verdict, time.Since(c.downSince))
 		c.asked = c.asked && c.verdict.down && c.verdict.run > 0
 		switch {
@@ -287,7 +288,7 @@ func (c *checker) connect(ctx context.Context) error {
 }
 
 // judge counts a result, and on a transition tells everyone.
-func (c *checker) judge(ctx context.Context, err error, took time.Duration) {
+func (c *checker) judge(err error, took time.Duration) {
 	b, g := c.backend, c.settings.Load()
 	b.stats.checkTime.observe(took)
 	if err == nil {
@@ -305,24 +306,58 @@ func (c *checker) judge(ctx context.Context, err error, took time.Duration) {
 		return
 	}
 	c.downSince = time.Now()
-	b.setHealthy(!c.verdict.down)
-	b.pool.rebuild()
-	b.announce(ctx, g, err)
+	outdated, turned := registry.turn(c, err)
+	if !turned {
+		return
+	}
+	for _, each := range outdated {
+		each.rebuild()
+	}
+	b.logTurn(g, err)
 }
 
-// announce logs, counts and emits a transition.
-func (b *Backend) announce(ctx context.Context, g *generation, err error) {
-	event, data := "healthy", map[string]any{"lb": g.name, "backend": b.address}
+// turn applies the verdict that c came to, down for the error, and returns the
+// generations whose pickers that makes outdated. It reports false if c was
+// stopped meanwhile: then the backend's state is not c's to change.
+func (r *poolRegistry) turn(c *checker, err error) (outdated []*generation, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	b := c.backend
+	if c.cancel == nil || !b.turnLocked(err) {
+		return nil, false
+	}
+	return slices.Clone(b.pool.generations), true
+}
+
+// turnLocked makes the backend down for the error, or up for none, counts that
+// and queues its event. It reports false if that it was. The registry's mutex
+// must be held: who turns a backend and who takes its checker away are then one
+// after the other, and so are the events.
+func (b *Backend) turnLocked(err error) bool {
+	if !b.setHealthy(err == nil) {
+		return false
+	}
 	b.stats.turnedAt.Store(time.Now().UnixNano())
+	event, data := "healthy", map[string]any{"lb": b.pool.name, "backend": b.address}
 	if err == nil {
 		b.stats.turnedUp.Add(1)
-		g.logger.Info("backend is up", zap.String("lb", g.name), zap.String("backend", b.address))
 	} else {
 		b.stats.turnedDown.Add(1)
-		g.logger.Warn("backend is down", zap.String("lb", g.name), zap.String("backend", b.address), zap.Error(err))
 		event, data["error"] = "unhealthy", err.Error()
 	}
-	if g.events != nil && g.ctx.Err() == nil && ctx.Err() == nil {
-		g.events.Emit(g.ctx, event, data)
+	b.emitLocked(event, data)
+	return true
+}
+
+// logTurn logs what turnLocked did, as g's.
+func (b *Backend) logTurn(g *generation, err error) {
+	lb, backend := zap.String("lb", g.name), zap.String("backend", b.address)
+	if err == nil {
+		g.logger.Info("backend is up", lb, backend)
+	} else {
+		g.logger.Warn("backend is down", lb, backend, zap.Error(err))
+	}
+	if n := b.events.takeDropped(); n > 0 {
+		g.logger.Warn("event handlers are too slow, dropped the oldest events that waited for them", lb, backend, zap.Int("events", n))
 	}
 }

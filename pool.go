@@ -1,7 +1,6 @@
 package tcplb
 
 import (
-	"context"
 	"maps"
 	"slices"
 	"strings"
@@ -136,11 +135,10 @@ func (r *poolRegistry) stop(g *generation) {
 	}
 }
 
-// announceUp announces backends that came up with a config. It does not wait:
-// an event handler may wait for a reload, and this is called in one.
+// announceUp logs that backends came up with a config.
 func announceUp(g *generation, backends []*Backend) {
 	for _, b := range backends {
-		go b.announce(context.Background(), g, nil) // ends with its event's handlers
+		b.logTurn(g, nil)
 	}
 }
 
@@ -162,7 +160,7 @@ func (r *poolRegistry) settleLocked(p *pool) (revived []*Backend) {
 			b.checkLocked(g)
 		case ok: // no checks: nothing could bring a down backend up again
 			b.stopCheckingLocked()
-			if b.setHealthy(true) {
+			if b.turnLocked(nil) {
 				revived = append(revived, b)
 			}
 		case !b.used():
@@ -292,14 +290,4 @@ func (r *poolRegistry) snapshot() []poolView {
 	}
 	slices.SortFunc(views, func(a, b poolView) int { return strings.Compare(a.name, b.name) })
 	return views
-}
-
-// rebuild makes new pickers after a transition.
-func (p *pool) rebuild() {
-	registry.mu.Lock()
-	generations := slices.Clone(p.generations)
-	registry.mu.Unlock()
-	for _, g := range generations {
-		g.rebuild()
-	}
 }
