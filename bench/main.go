@@ -30,7 +30,7 @@ var (
 	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
 	scale  = flag.Float64("scale", 1, "factor on the amount of work")
 	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
-	kinds  = flag.String("work", "", "comma-separated kinds of work, of idle, short, trips, bulk and beside; all if empty")
+	kinds  = flag.String("work", "", "comma-separated kinds of work, of idle, stuck, short, trips, bulk, slow and beside; all if empty")
 	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
 )
 
@@ -112,8 +112,12 @@ var metrics = []metric{
 	{"round trip of 64 bytes, µs of CPU", "%.2f"},
 	{"GB down, s of CPU", "%.3f"},
 	{"GB up, s of CPU", "%.3f"},
+	{"GB down to slow clients, s of CPU", "%.3f"},
 	{"idle connection, KB resident", "%.1f"},
 	{"idle connection, files", "%.2f"},
+	{"stuck download, KB resident", "%.1f"},
+	{"stuck download, KB of all sockets", "%.0f"},
+	{"stuck download, files", "%.2f"},
 	{"short connection, p50 in ms", "%.2f"},
 	{"short connection, p99 in ms", "%.2f"},
 	{"round trip, p50 in ms", "%.3f"},

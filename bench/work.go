@@ -36,10 +36,16 @@ func workAll(p *process, b balancer) ([]float64, error) {
 
 	connections, trips, volume := 0, 0, int64(0)
 	var shortTimes, tripTimes, besideTimes []time.Duration
-	var shortCPU, tripCPU, downCPU, upCPU, idleMemory, idleFiles float64
+	var shortCPU, tripCPU, downCPU, upCPU, slowCPU float64
+	var resting, stuck held
 	var err error
 	if chosen("idle") {
-		if idleMemory, idleFiles, err = idle(p, b.echo, scaled(4_000), &failed); err != nil {
+		if resting, err = idle(p, b.echo, scaled(4_000), &failed); err != nil {
+			return nil, err
+		}
+	}
+	if chosen("stuck") {
+		if stuck, err = stick(p, b.source, scaled(1_000)); err != nil {
 			return nil, err
 		}
 	}
@@ -64,6 +70,13 @@ func workAll(p *process, b balancer) ([]float64, error) {
 			return nil, err
 		}
 	}
+	slowVolume := int64(0)
+	if chosen("slow") {
+		slowVolume = int64(1e9 * *scale)
+		if slowCPU, err = p.during(func() { slow(b.source, slowVolume, &failed) }); err != nil {
+			return nil, err
+		}
+	}
 	if chosen("beside") {
 		if besideTimes, err = beside(b, scaled(4_000), &failed); err != nil {
 			return nil, err
@@ -74,8 +87,9 @@ func workAll(p *process, b balancer) ([]float64, error) {
 		tripCPU * 1e6 / float64(max(1, trips)),
 		downCPU * 1e9 / float64(max(1, volume)),
 		upCPU * 1e9 / float64(max(1, volume)),
-		idleMemory / 1024,
-		idleFiles,
+		slowCPU * 1e9 / float64(max(1, slowVolume)),
+		resting.resident / 1024, resting.files,
+		stuck.resident / 1024, stuck.kernel / 1024, stuck.files,
 		percentile(shortTimes, 50), percentile(shortTimes, 99),
 		percentile(tripTimes, 50), percentile(tripTimes, 99),
 		percentile(besideTimes, 50), percentile(besideTimes, 99),
@@ -250,36 +264,4 @@ func transfer(address string, failed *atomic.Int64, stream func(*net.TCPConn) er
 		})
 	}
 	wg.Wait()
-}
-
-// idle opens n connections, has one message back on each, and returns what each
-// holds in bytes and files while nothing happens.
-func idle(p *process, address string, n int, failed *atomic.Int64) (memory, files float64, err error) {
-	time.Sleep(settle)
-	memoryBefore, err := p.resident()
-	if err != nil {
-		return 0, 0, err
-	}
-	filesBefore, err := p.files()
-	if err != nil {
-		return 0, 0, err
-	}
-	message := make([]byte, messageSize)
-	for range n {
-		c, err := net.Dial("tcp", address)
-		if err != nil {
-			return 0, 0, fmt.Errorf("opening idle connections: %w", err)
-		}
-		defer c.Close()
-		if trip(c, message) != nil {
-			failed.Add(1)
-		}
-	}
-	time.Sleep(settle)
-	memoryAfter, err := p.resident()
-	if err != nil {
-		return 0, 0, err
-	}
-	filesAfter, err := p.files()
-	return (memoryAfter - memoryBefore) / float64(n), (filesAfter - filesBefore) / float64(n), err
 }
