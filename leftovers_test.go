@@ -32,7 +32,7 @@ func watchLeftovers(t testing.TB) {
 		var err error
 		eventually(t, func() bool { err = goleak.Find(goroutines...); return err == nil }, "no goroutine left: %v", lazily(func() any { return err }))
 		eventually(t, func() bool { return openFiles(t) <= filesBefore }, "%d sockets and pipes open again, now %v", filesBefore, lazily(func() any { return openFiles(t) }))
-		eventually(t, func() bool { return files.used.Load() == spareFiles() }, "the file budget is free again")
+		eventually(t, func() bool { return files.used.Load() == 0 }, "the file budget is free again")
 	})
 }
 

@@ -12,14 +12,11 @@ import (
 // open for it, is taken from one budget for the process, and refused in time.
 var files = newFileBudget(openFileLimit())
 
-const (
-	filesPerConnection = 2 // the client's socket and the backend's
-	filesPerPipe       = 2
-)
+const filesPerConnection = 2 // the client's socket and the backend's
 
 // fileBudget counts files against a limit.
 type fileBudget struct {
-	limit  int64 // files that connections and pipes may use
+	limit  int64 // files that connections may use
 	probes int   // files set apart for probes
 	used   atomic.Int64
 
@@ -32,7 +29,7 @@ type fileBudget struct {
 // newFileBudget divides the process's limit of open files (0 = none). Up to 64
 // are set apart for probes and up to 128 for listeners, logs, the admin
 // endpoint and whatever else Caddy serves; half of those may be connections
-// that are about to be refused.
+// that are about to be refused, and a few are pipes.
 func newFileBudget(limit uint64) *fileBudget {
 	if limit == 0 || limit > math.MaxInt32 {
 		return &fileBudget{limit: math.MaxInt32, probes: 64, overflowLimit: 64}
@@ -53,11 +50,9 @@ func (f *fileBudget) acquire(n int64) bool { return acquireUpTo(&f.used, n, f.li
 
 func (f *fileBudget) release(n int64) { f.used.Add(-n) }
 
-// acquirePair takes the files of one connection, for which spare pipes and slow
-// probes give way.
+// acquirePair takes the files of one connection, for which slow probes give way.
 func (f *fileBudget) acquirePair() bool {
-	return f.acquire(filesPerConnection) || freePipes() && f.acquire(filesPerConnection) ||
-		lanes.giveWay(filesPerConnection) && f.acquire(filesPerConnection)
+	return f.acquire(filesPerConnection) || lanes.giveWay(filesPerConnection) && f.acquire(filesPerConnection)
 }
 
 func (f *fileBudget) releasePair() { f.release(filesPerConnection) }

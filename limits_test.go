@@ -41,7 +41,6 @@ func TestLimitIsOneForAllPools(t *testing.T) {
 					name, network+listen, name, backendsJSON(s.address))
 			}
 			runCaddy(t, layer4Config(server("first", first)+","+server("second", second)))
-			freePipes()
 			rest := files.limit - files.used.Load() - 3*filesPerConnection
 			require.True(t, files.acquire(rest))
 			t.Cleanup(func() { files.release(rest) })

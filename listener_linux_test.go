@@ -186,7 +186,6 @@ func saysItWaits(ln net.Listener) func() bool {
 // that are to be refused. The former are given back by free, or at the end.
 func useFiles(t testing.TB) (free func()) {
 	t.Helper()
-	freePipes()
 	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
 	require.True(t, files.acquire(rest), "all are in use")
 	files.overflow.Add(reserve)

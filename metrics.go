@@ -47,7 +47,7 @@ func (collector) Describe(out chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (collector) Collect(out chan<- prometheus.Metric) {
-	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(max(0, files.used.Load()-spareFiles())))
+	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(files.used.Load()))
 	out <- prometheus.MustNewConstMetric(descFileLimit, prometheus.GaugeValue, float64(files.limit))
 	for _, p := range registry.snapshot() {
 		m := emitter{out: out, lb: p.name}

@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,83 +15,89 @@ const (
 	// smallPipeSize is for users whose pipes exceed a sum; the kernel's default
 	// of 64 KB may be but 23 KB, as each segment from a network card takes a page.
 	smallPipeSize = 256 << 10
-	// sparePipes is how many empty pipes are kept.
-	sparePipes = 32
+	// leastPipeSize is the least that is of use. Past a number of pipes, an
+	// unprivileged user's hold 8 KB, less than a relay's buffer.
+	leastPipeSize = 64 << 10
+	// mostPipes is how many there are at most. None is held by a relay that
+	// waits, so that more of them could not all be at work. Their files are of the
+	// reserve: they take none from connections.
+	mostPipes = 16
+	// pipePause is how long relays do without when a pipe could not be made.
+	pipePause = 10 * time.Second
 )
 
 // pipe is a kernel buffer between two sockets.
 type pipe struct{ r, w int }
 
-// pipePool keeps a few empty pipes and counts all of them in the file budget.
+// pipePool keeps the pipes that no relay uses at the time, all of them empty.
 type pipePool struct {
-	mu    sync.Mutex
-	spare []*pipe
+	most int // pipes
+
+	mu          sync.Mutex
+	spare       []*pipe
+	made        int       // spare or in use
+	barrenUntil time.Time // none can be made before
 }
 
-var pipes pipePool
+var pipes = pipePool{most: int(max(1, min(mostPipes, files.limit/64)))}
 
-// get returns an empty pipe, or nil if the process can't afford one.
+// get returns an empty pipe, or nil if there is none to be had now.
 func (pp *pipePool) get() *pipe {
 	pp.mu.Lock()
+	defer pp.mu.Unlock()
 	if n := len(pp.spare); n > 0 {
 		p := pp.spare[n-1]
 		pp.spare = pp.spare[:n-1]
-		pp.mu.Unlock()
 		return p
 	}
-	pp.mu.Unlock()
-	if !files.acquire(filesPerPipe) {
+	if pp.made == pp.most || !pp.barrenUntil.IsZero() && time.Now().Before(pp.barrenUntil) {
 		return nil
 	}
+	p := newPipe()
+	if p == nil {
+		pp.barrenUntil = time.Now().Add(pipePause)
+		return nil
+	}
+	pp.barrenUntil = time.Time{}
+	pp.made++
+	return p
+}
+
+// newPipe returns nil if none can be made, or none that is of use.
+func newPipe() *pipe {
 	var fds [2]int
-	if err := unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
-		files.release(filesPerPipe)
+	if unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
 		return nil
 	}
+	p := &pipe{r: fds[0], w: fds[1]}
 	for _, size := range []int{pipeSize, smallPipeSize} {
-		if _, err := unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, size); err == nil {
-			break // else any size serves
+		if _, err := unix.FcntlInt(uintptr(p.r), unix.F_SETPIPE_SZ, size); err == nil {
+			return p
 		}
 	}
-	return &pipe{r: fds[0], w: fds[1]}
+	if size, err := unix.FcntlInt(uintptr(p.r), unix.F_GETPIPE_SZ, 0); err != nil || size < leastPipeSize {
+		p.close()
+		return nil
+	}
+	return p
 }
 
 // put gives an empty pipe back.
 func (pp *pipePool) put(p *pipe) {
 	pp.mu.Lock()
-	if len(pp.spare) < sparePipes {
-		pp.spare = append(pp.spare, p)
-		p = nil
-	}
-	pp.mu.Unlock()
-	if p != nil {
-		pp.discard(p)
-	}
+	defer pp.mu.Unlock()
+	pp.spare = append(pp.spare, p)
 }
 
-// discard closes a pipe.
+// discard closes a pipe that is not empty.
 func (pp *pipePool) discard(p *pipe) {
+	p.close()
+	pp.mu.Lock()
+	defer pp.mu.Unlock()
+	pp.made--
+}
+
+func (p *pipe) close() {
 	_ = unix.Close(p.r)
 	_ = unix.Close(p.w)
-	files.release(filesPerPipe)
-}
-
-// freePipes closes the spare pipes, for connections that need their files; it
-// reports whether there were any.
-func freePipes() bool {
-	pipes.mu.Lock()
-	spare := pipes.spare
-	pipes.spare = nil
-	pipes.mu.Unlock()
-	for _, p := range spare {
-		pipes.discard(p)
-	}
-	return len(spare) > 0
-}
-
-// spareFiles is how many files of the budget spare pipes have.
-func spareFiles() int64 {
-	pipes.mu.Lock()
-	defer pipes.mu.Unlock()
-	return int64(filesPerPipe * len(pipes.spare))
 }

@@ -5,11 +5,9 @@ import (
 	"io"
 	"math"
 	"net"
-	"reflect"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -25,8 +23,10 @@ type relay struct {
 	onPanic         func(value any, stack []byte)
 
 	why     atomic.Uint32 // reason; see conclude
-	running atomic.Int32  // directions that have not ended
+	running atomic.Int32  // directions that have not ended, and others that joined
 	ended   func()        // called by the last one
+	severed atomic.Bool   // both sides are to be reset
+	awaits  *delivery     // guarded by deliveries
 
 	// One timer looks now and then whether bytes have moved, so that moving them
 	// costs no look at the clock.
@@ -35,23 +35,6 @@ type relay struct {
 	timer       *time.Timer // guarded by timerMu
 	idle        idleTime    // for the timer's function only, as keepsAlive
 	keepsAlive  bool
-}
-
-// side is one of the two connections.
-type side struct {
-	// conn is read and written: a bare socket, or whatever wraps it.
-	conn net.Conn
-	// raw is set for a bare socket, to read it when it is ready and to splice.
-	raw syscall.RawConn
-	// base is the innermost connection, where a reset has to happen.
-	base net.Conn
-	// writeCloser half-closes; nil if nothing in the chain can.
-	writeCloser interface{ CloseWrite() error }
-
-	closed, reset reason // how it is called when this side does it
-
-	finished atomic.Bool // it closed its sending way in order
-	lost     atomic.Bool // it reset the connection, or is unreachable
 }
 
 // direction is one of the two ways.
@@ -74,60 +57,12 @@ var (
 // newRelay prepares a relay. Idle time begins here.
 func newRelay(client, backend net.Conn, idleTimeout time.Duration) *relay {
 	r := &relay{idleTimeout: idleTimeout, idle: idleTime{since: time.Now()}}
+	r.running.Store(2)
 	r.client.init(client, reasonClientClosed, reasonClientReset)
 	r.backend.init(backend, reasonBackendClosed, reasonBackendReset)
 	r.up = direction{relay: r, src: &r.client, dst: &r.backend}
 	r.down = direction{relay: r, src: &r.backend, dst: &r.client}
 	return r
-}
-
-func (s *side) init(conn net.Conn, closed, reset reason) {
-	s.conn, s.base, s.closed, s.reset = conn, conn, closed, reset
-	for s.base != nil {
-		if s.writeCloser == nil {
-			s.writeCloser, _ = s.base.(interface{ CloseWrite() error })
-		}
-		inner := unwrap(s.base)
-		if inner == nil {
-			break
-		}
-		s.base = inner
-	}
-	switch c := conn.(type) { // exactly these types: a wrapper may hold bytes back
-	case *net.TCPConn:
-		s.raw, _ = c.SyscallConn()
-	case *net.UnixConn:
-		s.raw, _ = c.SyscallConn()
-	}
-}
-
-// unwrap returns the connection inside conn, or nil. Reads and writes must not
-// use it; a reset and, where the wrapper can't, a half-close may.
-func unwrap(conn net.Conn) net.Conn {
-	switch c := conn.(type) {
-	case *net.TCPConn, *net.UnixConn:
-		return nil
-	case *acceptedConn:
-		return c.TCPConn
-	case interface{ NetConn() net.Conn }: // crypto/tls
-		return c.NetConn()
-	case interface{ Raw() net.Conn }: // PROXY protocol
-		return c.Raw()
-	}
-	// The usual wrapper is a struct that embeds a net.Conn.
-	v := reflect.ValueOf(conn)
-	if v.Kind() == reflect.Pointer {
-		v = v.Elem()
-	}
-	if v.Kind() != reflect.Struct {
-		return nil
-	}
-	f, ok := v.Type().FieldByName("Conn")
-	if !ok || !f.Anonymous || len(f.Index) != 1 {
-		return nil
-	}
-	inner, _ := v.FieldByIndex(f.Index).Interface().(net.Conn)
-	return inner
 }
 
 // start relays in two goroutines. The last of them calls ended, which may close
@@ -151,7 +86,6 @@ func (r *relay) run() reason {
 
 func (r *relay) begin(ended func()) {
 	r.ended = ended
-	r.running.Store(2)
 	r.timerMu.Lock()
 	r.timer = time.AfterFunc(min(keepAliveAfter, r.idlePeriod()), r.onTimer)
 	r.timerMu.Unlock()
@@ -159,14 +93,43 @@ func (r *relay) begin(ended func()) {
 
 // run is one way's part in the relay.
 func (d *direction) run() {
-	r := d.relay
-	r.runDirection(d)
-	if r.running.Add(-1) == 0 {
-		r.timerMu.Lock()
-		r.timer.Stop()
-		r.timerMu.Unlock()
-		r.ended()
+	d.relay.runDirection(d)
+	if d.relay.running.Add(-1) == 0 {
+		d.relay.end()
 	}
+}
+
+// join keeps the relay from ending until the caller leaves it. It reports false
+// where it has ended.
+func (r *relay) join() bool {
+	for {
+		n := r.running.Load()
+		if n == 0 {
+			return false
+		}
+		if r.running.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// leave is for those who joined. They may not be able to wait for the end.
+func (r *relay) leave() {
+	if r.running.Add(-1) == 0 {
+		go r.end() // ends with what ended does
+	}
+}
+
+// end is the last act, when nothing uses the connections any more.
+func (r *relay) end() {
+	r.timerMu.Lock()
+	r.timer.Stop()
+	r.timerMu.Unlock()
+	if r.severed.Load() {
+		r.client.close()
+		r.backend.close()
+	}
+	r.ended()
 }
 
 // reason returns why the relay ended.
@@ -182,17 +145,21 @@ func (r *relay) runDirection(d *direction) {
 		}
 	}()
 	err := d.move()
+	at := d.src
+	if errors.Is(err, errDestination) {
+		at = d.dst
+	}
 	switch {
 	case err == nil && !d.src.lost.Load() && !d.srcLost():
 		d.src.finished.Store(true)
 		r.conclude(d.src.closed)
 		// Where the other way has ended before, both are closed right away.
-		if d.dst.writeCloser != nil && !d.dst.finished.Load() {
-			_ = d.dst.writeCloser.CloseWrite()
+		if !d.dst.finished.Load() {
+			d.dst.closeWrite()
 		}
-	case errors.Is(err, net.ErrClosed):
-		// Cut, or reset by the other direction.
-	case errors.Is(err, errDestination):
+	case at.over.Load() || errors.Is(err, net.ErrClosed):
+		// Ended from here: cut, or by the other direction.
+	case at == d.dst:
 		d.destinationLost()
 	default:
 		d.sourceLost(err)
@@ -204,10 +171,11 @@ func (r *relay) runDirection(d *direction) {
 // other direction has passed an end of file on to the source, that closes for
 // good in order, and there is no telling: so it is asked before and after.
 func (d *direction) srcLost() bool {
-	return d.src.raw != nil && !d.dst.finished.Load() && wasReset(d.src.raw) && !d.dst.finished.Load()
+	return d.src.raw != nil && !d.dst.finished.Load() && wasReset(d.src.base) && !d.dst.finished.Load()
 }
 
-// sourceLost passes a reset of the source on.
+// sourceLost passes a reset of the source on, once the destination has all that
+// was sent before.
 func (d *direction) sourceLost(err error) {
 	why := d.src.reset
 	if err != nil && !isReset(err) {
@@ -215,20 +183,31 @@ func (d *direction) sourceLost(err error) {
 	}
 	d.src.lost.Store(true)
 	d.relay.conclude(why)
-	d.dst.abort()
-	d.src.close() // unblocks the other direction if it writes there
+	d.src.sever() // unblocks the other direction if it writes there
+	d.relay.severDelivered(d.dst)
 }
 
 // destinationLost ends the source, too: what it sends can't be delivered. Where
 // the destination still had something to say, that comes first: the direction
-// that reads it finds the reset and passes it on.
+// that reads it finds the reset and passes it on, unless the source takes none of it.
 func (d *direction) destinationLost() {
 	d.dst.lost.Store(true)
 	if d.dst.finished.Load() {
-		d.src.abort()
+		d.relay.severDelivered(d.src)
 		return
 	}
 	d.relay.conclude(d.dst.reset)
+	deliveries.add(d.relay, d.src, false)
+}
+
+// severDelivered resets both sides as soon as s has acknowledged all that was
+// written to it.
+func (r *relay) severDelivered(s *side) {
+	if s.lost.Load() || unsent(s.base) == 0 {
+		r.sever()
+		return
+	}
+	deliveries.add(r, s, true)
 }
 
 // isReset reports whether err is the peer's reset, or its loss.
@@ -250,10 +229,34 @@ func (r *relay) conclude(why reason) {
 	}
 }
 
-// cut ends the connection at once. Both sides see a reset: the stream was not
-// complete.
+// cut ends the connection at once, whatever either side does or doesn't, and
+// never waits for that. Both sides see a reset: the stream was not complete.
 func (r *relay) cut(why reason) {
+	if !r.join() {
+		return
+	}
+	defer r.leave()
 	r.conclude(why)
+	r.sever()
+}
+
+// sever ends both directions, and has both sides reset when they have ended.
+// Closing is left to the end: it would wait for a direction that has one side's
+// lock while it waits for the other side.
+func (r *relay) sever() {
+	r.severed.Store(true)
+	r.client.sever()
+	r.backend.sever()
+	deliveries.drop(r)
+	// What wraps a socket may be asleep for long, without a lock of ours. The
+	// peers must not wait for it.
+	if (r.client.raw == nil || r.backend.raw == nil) && r.join() {
+		go r.closeBoth() // ends with the calls that the sockets' owners are in
+	}
+}
+
+func (r *relay) closeBoth() {
+	defer r.leave()
 	r.client.close()
 	r.backend.close()
 }
@@ -305,29 +308,6 @@ func (r *relay) onTimer() {
 	if r.idleTimeout > 0 && r.running.Load() > 0 {
 		r.timer.Reset(r.idlePeriod())
 	}
-}
-
-// abort resets the connection once the peer has acknowledged all that was
-// written to it. It gives up waiting when the peer takes nothing for a while.
-func (s *side) abort() {
-	const patience = 5 * time.Second
-	left, progressed := unsent(s.base), time.Now()
-	for wait := time.Millisecond; left > 0 && time.Since(progressed) < patience; wait = min(2*wait, 50*time.Millisecond) {
-		time.Sleep(wait) // nothing tells when a send queue has been acknowledged
-		now := unsent(s.base)
-		if now != left {
-			left, progressed = now, time.Now()
-		}
-	}
-	s.close()
-}
-
-// close drops the connection with a reset, where it has such a thing.
-func (s *side) close() {
-	if c, ok := s.base.(*net.TCPConn); ok {
-		_ = c.SetLinger(0)
-	}
-	_ = s.base.Close()
 }
 
 // count keeps the books for n bytes that were delivered.

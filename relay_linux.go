@@ -1,11 +1,6 @@
 package tcplb
 
 import (
-	"encoding/binary"
-	"errors"
-	"io"
-	"net"
-	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -16,47 +11,91 @@ const canPump = true
 
 const (
 	// bulkAfter is how many buffers in a row must be filled before a direction
-	// is taken for a bulk transfer. A pipe costs two files and saves nothing on
-	// small messages.
+	// is taken for a bulk transfer. A pipe saves nothing on small messages.
 	bulkAfter = 4
 	// A splice that moves less than smallSplice is a small message, and after
 	// smallAfter of those in a row the bulk transfer is over.
 	smallSplice = 16 << 10
 	smallAfter  = 4
-	// spliceMax bounds one splice call; the pipe's size usually does before.
-	spliceMax = 1 << 20
+	// spliceMax bounds one splice call, and spliceFirst the first: it grows while
+	// the destination takes it all. What it leaves is in memory until it takes it.
+	spliceMax   = 1 << 20
+	spliceFirst = 128 << 10
 )
 
-// pump moves one direction's bytes out of a bare socket. It takes a buffer, or
-// in a bulk transfer a pipe, only once the socket is readable, and gives it back
-// before it waits again: an idle connection holds neither.
+// pump moves one direction's bytes out of a bare socket. It takes a buffer only
+// once the socket is readable, and for more than that it waits until the
+// destination has room: an idle connection holds nothing, and one whose receiver
+// is slow neither a pipe nor, as a rule, a buffer.
 type pump struct {
 	d        *direction
-	bulk     bool // splice, if there is a pipe to be had
+	bulk     bool // splice
 	noSplice bool // the kernel can't, between these two
+	large    bool // the last buffer was no small message
 	full     int  // buffers filled in a row
 	small    int  // small splices in a row
+	most     int  // bytes to splice at once
 
 	err error // how the direction ended; nil = end of file
 
-	// What is on its way to a bare destination.
-	rest  []byte // in the buffer
-	stuck int    // bytes in the pipe
-	pipe  *pipe
-	werr  error
+	// What is on its way to the destination, or where it comes from.
+	buf  *[bufferSize]byte // holds the rest for a wrapper
+	rest []byte
+	from int
+	next step
+	werr error
 	// Bound once, as each use would allocate.
-	drainBuffer, drainPipe func(uintptr) bool
+	drainBuffer, drainSource func(uintptr) bool
 }
 
 // run relays until the source ends; see direction.move for its errors.
 func (p *pump) run(d *direction) error {
 	p.d = d
-	p.noSplice = d.dst.raw == nil // a wrapper must see the bytes
-	p.drainBuffer, p.drainPipe = p.writeRest, p.spliceStuck
+	if d.dst.raw == nil { // a wrapper must see the bytes
+		return p.feed()
+	}
+	p.drainBuffer = p.writeRest
 	if err := d.src.raw.Read(p.relayReadable); err != nil {
 		return sourceError(err)
 	}
 	return p.err
+}
+
+// feed relays to a wrapper. That may take long to write, also where its socket
+// was closed. So the source's lock is left for the write: who closes the source
+// would wait for it.
+func (p *pump) feed() error {
+	fill := p.fill
+	for {
+		if err := p.d.src.raw.Read(fill); err != nil {
+			return sourceError(err)
+		}
+		if p.buf == nil {
+			return p.err
+		}
+		err := p.d.write(p.rest)
+		buffers.Put(p.buf)
+		p.buf, p.rest = nil, nil
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// fill is called with the source's descriptor whenever that may be readable. It
+// reads once, and leaves no buffer at the end.
+func (p *pump) fill(fd uintptr) (done bool) {
+	buf := buffers.Get().(*[bufferSize]byte)
+	n, err := readNow(int(fd), buf[:])
+	if n > 0 {
+		p.buf, p.rest = buf, buf[:n]
+		return true
+	}
+	buffers.Put(buf)
+	if err != nil && err != unix.EAGAIN {
+		p.err = sourceError(err)
+	}
+	return err != unix.EAGAIN
 }
 
 // step says how to go on.
@@ -64,6 +103,7 @@ type step int
 
 const (
 	stepOn   step = iota // perhaps by other means
+	stepCopy             // by a buffer, this time
 	stepWait             // until the source is readable
 	stepEnd              // with the pump's err
 )
@@ -72,32 +112,28 @@ const (
 // readable, and relays all there is. It returns false to wait for more.
 //
 // It is one call of RawConn.Read for all of a direction, as each would clear
-// the poller's memory of what has become readable.
+// the poller's memory of what has become readable. While it waits for the
+// destination it has the source's lock: see relay.sever.
 func (p *pump) relayReadable(fd uintptr) (done bool) {
 	next := stepOn
-	for next == stepOn {
-		if pp := p.bulkPipe(); pp != nil {
-			next = p.splice(int(fd), pp)
-		} else {
+	for next <= stepCopy {
+		switch {
+		case p.bulk && next == stepOn:
+			next = p.splice(int(fd))
+		case !p.large:
 			next = p.copy(int(fd))
+		default:
+			next = p.copyIntoRoom(int(fd))
 		}
 	}
 	return next == stepEnd
-}
-
-// bulkPipe returns a pipe where one is of use and to be had.
-func (p *pump) bulkPipe() *pipe {
-	if !p.bulk {
-		return nil
-	}
-	return pipes.get()
 }
 
 // copy relays through a buffer.
 func (p *pump) copy(fd int) step {
 	buf := buffers.Get().(*[bufferSize]byte)
 	next := p.copyOnce(fd, buf[:])
-	for next == stepOn && !p.bulk {
+	for next == stepOn && !p.large {
 		next = p.copyOnce(fd, buf[:])
 	}
 	buffers.Put(buf)
@@ -108,6 +144,7 @@ func (p *pump) copyOnce(fd int, buf []byte) step {
 	n, err := readNow(fd, buf)
 	switch {
 	case n > 0:
+		p.large = n >= smallSplice
 		if n < len(buf) {
 			p.full = 0
 		} else {
@@ -126,44 +163,24 @@ func (p *pump) copyOnce(fd int, buf []byte) step {
 	return stepEnd // end of file, if there is no err
 }
 
-// splice relays through the pipe, which is empty.
-func (p *pump) splice(fd int, pp *pipe) step {
-	for {
-		n, err := spliceOnce(fd, pp.w, spliceMax)
-		switch {
-		case n > 0:
-			if p.err = p.emptyPipe(pp, n); p.err != nil {
-				pipes.discard(pp) // bytes are stuck in it
-				return stepEnd
-			}
-			if n >= smallSplice {
-				p.small = 0
-			} else if p.small++; p.small >= smallAfter {
-				p.bulk, p.full, p.small = false, 0, 0
-				pipes.put(pp)
-				return stepOn
-			}
-			continue
-		case err == unix.EINVAL:
-			p.noSplice, p.bulk = true, false
-			pipes.put(pp)
-			return stepOn
-		case err == unix.EAGAIN:
-			pipes.put(pp)
-			return stepWait
-		case err != nil:
-			p.err = sourceError(err)
-		}
-		pipes.put(pp)
+// copyIntoRoom is copy where the last read was large: there may well be more
+// than the destination takes.
+func (p *pump) copyIntoRoom(fd int) step {
+	if p.err = p.delivered(p.d.dst.raw.Write(hasRoom)); p.err != nil {
 		return stepEnd
 	}
+	return p.copy(fd)
+}
+
+// hasRoom is called with the destination's descriptor whenever that may be
+// writable, until it can take a buffer, or a good deal of what it can take at all.
+func hasRoom(fd uintptr) bool {
+	room, enough := sendRoom(int(fd))
+	return enough || room >= bufferSize || poll(int(fd), unix.POLLOUT) != 0
 }
 
 // deliver writes the bytes to the destination.
 func (p *pump) deliver(b []byte) error {
-	if p.d.dst.raw == nil { // a wrapper
-		return p.d.write(b)
-	}
 	p.rest = b
 	return p.delivered(p.d.dst.raw.Write(p.drainBuffer))
 }
@@ -175,7 +192,7 @@ func (p *pump) delivered(err error) error {
 	if err == nil {
 		err = p.werr
 	}
-	p.rest, p.pipe, p.stuck, p.werr = nil, nil, 0, nil
+	p.rest, p.werr = nil, nil
 	if err == nil {
 		return nil
 	}
@@ -200,32 +217,6 @@ func (p *pump) writeRest(fd uintptr) (done bool) {
 	return true
 }
 
-// emptyPipe delivers the n bytes in the pipe.
-func (p *pump) emptyPipe(pp *pipe, n int) error {
-	p.pipe, p.stuck = pp, n
-	return p.delivered(p.d.dst.raw.Write(p.drainPipe))
-}
-
-// spliceStuck is to the pipe what writeRest is to the buffer.
-func (p *pump) spliceStuck(fd uintptr) (done bool) {
-	for p.stuck > 0 {
-		n, err := spliceOnce(p.pipe.r, int(fd), p.stuck)
-		switch {
-		case err == unix.EAGAIN:
-			return false
-		case err == nil && n == 0:
-			err = io.ErrUnexpectedEOF
-		}
-		if err != nil {
-			p.werr = err
-			return true
-		}
-		p.stuck -= n
-		p.d.count(n)
-	}
-	return true
-}
-
 // readNow and writeNow are read(2) and write(2) on a descriptor that does not
 // block. They don't tell Go's scheduler of the call, which it would take for
 // one that may last: on a busy machine it then gives the processor away and back.
@@ -243,51 +234,4 @@ func callNow(trap uintptr, fd int, b []byte) (int, error) {
 			return 0, errno
 		}
 	}
-}
-
-func spliceOnce(from, to, limit int) (int, error) {
-	for {
-		n, err := unix.Splice(from, nil, to, nil, limit, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		if err != unix.EINTR {
-			return int(n), err
-		}
-	}
-}
-
-// wasReset reports whether a socket whose reads say end of file is in fact
-// closed altogether, as by a reset, and not just by the peer's FIN.
-func wasReset(raw syscall.RawConn) bool {
-	closed := false
-	err := raw.Control(func(fd uintptr) {
-		// The first byte of struct tcp_info is the state.
-		v, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err != nil {
-			return // a Unix socket
-		}
-		var info [4]byte
-		binary.NativeEndian.PutUint32(info[:], uint32(v))
-		closed = info[0] == unix.BPF_TCP_CLOSE
-	})
-	return err == nil && closed
-}
-
-// unsent returns how many bytes written to conn its peer has not acknowledged;
-// 0 if that can't be told.
-func unsent(conn net.Conn) int {
-	tcp, ok := conn.(*net.TCPConn)
-	if !ok {
-		return 0
-	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return 0
-	}
-	var n int
-	cerr := raw.Control(func(fd uintptr) {
-		n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
-	})
-	if errors.Join(err, cerr) != nil {
-		return 0
-	}
-	return n
 }

@@ -2,10 +2,7 @@
 
 package tcplb
 
-import (
-	"net"
-	"syscall"
-)
+import "net"
 
 // canPump says that bare sockets are relayed like wrapped ones here.
 const canPump = false
@@ -14,14 +11,9 @@ type pump struct{}
 
 func (*pump) run(*direction) error { panic("unreachable") }
 
-// freePipes has none to free here.
-func freePipes() bool { return false }
-
-func spareFiles() int64 { return 0 }
-
 // wasReset can't be told here: where a reset meets a write of the other
 // direction first, it may be passed on as an end of file.
-func wasReset(syscall.RawConn) bool { return false }
+func wasReset(net.Conn) bool { return false }
 
 // unsent can't be told here: a reset may overtake the last bytes before it.
 func unsent(net.Conn) int { return 0 }

@@ -1,0 +1,219 @@
+package tcplb
+
+import (
+	"context"
+	"io"
+	"net"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// multipathPair is tcpPair over MPTCP.
+func multipathPair(t testing.TB) (far *net.TCPConn, near net.Conn) {
+	t.Helper()
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(true)
+	ln, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	var d net.Dialer
+	d.SetMultipathTCP(true)
+	c, err := d.Dial("tcp", ln.Addr().String())
+	require.NoError(t, err)
+	near, err = ln.Accept()
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = near.Close() })
+	if is, _ := c.(*net.TCPConn).MultipathTCP(); !is {
+		_ = c.Close()
+		t.Skip("this kernel has no MPTCP")
+	}
+	require.NoError(t, c.SetDeadline(time.Now().Add(hangTimeout)))
+	return c.(*net.TCPConn), near
+}
+
+func startRelayBetween(t testing.TB, client, backend net.Conn) (r *relay, why chan reason) {
+	t.Helper()
+	var count atomic.Uint64
+	r = newRelay(client, backend, 0)
+	r.up.total, r.down.total = &count, &count
+	why = make(chan reason, 1)
+	r.start(func() {
+		_ = client.Close()
+		_ = backend.Close()
+		why <- r.reason()
+	})
+	return r, why
+}
+
+// A client that speaks MPTCP ends in order, is reset and is cut like any other.
+func TestRelayMultipathClient(t *testing.T) {
+	start := func(t *testing.T) (client, backend *net.TCPConn, r *relay, why chan reason) {
+		client, nearClient := multipathPair(t)
+		backend, nearBackend := tcpPair(t)
+		t.Cleanup(func() { _ = client.Close(); _ = backend.Close() })
+		r, why = startRelayBetween(t, nearClient, nearBackend)
+		write(t, client, "question")
+		expect(t, backend, "question")
+		return client, backend, r, why
+	}
+	t.Run("half-close", func(t *testing.T) {
+		client, backend, _, why := start(t)
+		require.NoError(t, client.CloseWrite())
+		expectEOF(t, backend)
+		write(t, backend, "answer")
+		require.NoError(t, backend.Close())
+		expect(t, client, "answer")
+		expectEOF(t, client)
+		require.Equal(t, reasonClientClosed, <-why)
+	})
+	t.Run("close", func(t *testing.T) {
+		client, backend, _, why := start(t)
+		require.NoError(t, client.Close())
+		expectEOF(t, backend)
+		require.NoError(t, backend.Close())
+		require.Equal(t, reasonClientClosed, <-why)
+	})
+	t.Run("reset", func(t *testing.T) {
+		client, backend, _, why := start(t)
+		require.NoError(t, client.SetLinger(0))
+		require.NoError(t, client.Close())
+		expectReset(t, backend)
+		require.Equal(t, reasonClientReset, <-why)
+	})
+	t.Run("cut", func(t *testing.T) {
+		client, backend, r, why := start(t)
+		r.cut(reasonDrainTimeout)
+		expectReset(t, client)
+		expectReset(t, backend)
+		require.Equal(t, reasonDrainTimeout, <-why)
+	})
+	t.Run("stalled download", func(t *testing.T) {
+		client, backend, r, why := start(t)
+		flood(t, backend)
+		r.cut(reasonIdleTimeout)
+		expectReset(t, client)
+		expectReset(t, backend)
+		require.Equal(t, reasonIdleTimeout, <-why)
+	})
+}
+
+// That a socket was closed altogether is asked of the connection, not of a
+// subflow: it is what the poller is told, too.
+func TestWasReset(t *testing.T) {
+	for name, pair := range map[string]func(testing.TB) (*net.TCPConn, net.Conn){"TCP": tcpPair, "MPTCP": multipathPair} {
+		t.Run(name, func(t *testing.T) {
+			for _, reset := range []bool{false, true} {
+				far, near := pair(t)
+				require.False(t, wasReset(near))
+				if reset {
+					require.NoError(t, far.SetLinger(0))
+				}
+				require.NoError(t, far.Close())
+				if reset { // the writer takes the error
+					eventually(t, func() bool { _, err := near.Write([]byte("x")); return err != nil }, "a failing write")
+				}
+				_, err := near.Read(make([]byte, 1))
+				require.Equal(t, io.EOF, err)
+				require.Equal(t, reset, wasReset(near))
+				require.NoError(t, near.Close())
+				require.False(t, wasReset(near), "nothing is known of one that is closed here")
+			}
+		})
+	}
+	far, near := unixPair(t)
+	require.NoError(t, far.Close())
+	require.False(t, wasReset(near))
+}
+
+// unixPair returns both ends of a connection over a Unix socket.
+func unixPair(t testing.TB) (far *net.UnixConn, near net.Conn) {
+	t.Helper()
+	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	require.NoError(t, err)
+	defer ln.Close()
+	near, err = net.Dial("unix", ln.Addr().String())
+	require.NoError(t, err)
+	c, err := ln.Accept()
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = near.Close(); _ = c.Close() })
+	require.NoError(t, c.SetDeadline(time.Now().Add(hangTimeout)))
+	return c.(*net.UnixConn), near
+}
+
+// What a Unix socket's peer sees of a cut depends on whether it had sent
+// something that was not taken.
+func TestRelayCutsUnixSockets(t *testing.T) {
+	for name, c := range map[string]struct {
+		stalled bool
+		want    error
+	}{
+		"stalled":          {true, syscall.ECONNRESET},
+		"all it sent read": {false, nil}, // an end of file: it has no reset
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, nearClient := tcpPair(t)
+			defer client.Close()
+			backend, nearBackend := unixPair(t)
+			r, why := startRelayBetween(t, nearClient, nearBackend)
+			if c.stalled {
+				_, _ = backend.Write(make([]byte, 1)) // so that it goes on
+				require.NoError(t, backend.SetWriteDeadline(time.Now().Add(300*time.Millisecond)))
+				_, err := backend.Write(make([]byte, 64<<20))
+				require.Error(t, err, "the client reads nothing")
+			} else {
+				write(t, backend, "x")
+				expect(t, client, "x")
+			}
+			r.cut(reasonDrainTimeout)
+			expectReset(t, client)
+			_, err := io.ReadAll(backend)
+			require.ErrorIs(t, err, c.want)
+			require.Equal(t, reasonDrainTimeout, <-why)
+		})
+	}
+}
+
+// A Unix socket's peer that leaves without having read everything has reset.
+func TestRelayPassesAUnixResetOn(t *testing.T) {
+	client, nearClient := tcpPair(t)
+	defer client.Close()
+	backend, nearBackend := unixPair(t)
+	_, why := startRelayBetween(t, nearClient, nearBackend)
+	write(t, client, "nobody reads this")
+	raw, err := backend.SyscallConn()
+	require.NoError(t, err)
+	require.NoError(t, raw.Read(func(fd uintptr) bool { return poll(int(fd), unix.POLLIN) != 0 }))
+	require.NoError(t, backend.Close())
+	expectReset(t, client)
+	require.Equal(t, reasonBackendReset, <-why)
+}
+
+func TestSendRoom(t *testing.T) {
+	far, near := tcpPair(t)
+	defer far.Close()
+	defer near.Close()
+	room := func() (n int, enough bool) {
+		require.NoError(t, control(near, func(fd int) error {
+			n, enough = sendRoom(fd)
+			return nil
+		}))
+		return n, enough
+	}
+	n, enough := room()
+	require.True(t, enough)
+	require.Greater(t, n, 4<<10)
+	flood(t, near.(*net.TCPConn))
+	n, enough = room()
+	require.False(t, enough)
+	require.Less(t, n, 1<<20)
+	_, _ = sendRoom(-1)
+	n, enough = sendRoom(-1)
+	require.True(t, enough, "unknown")
+	require.Equal(t, spliceMax, n)
+}
