@@ -2,14 +2,19 @@ package tcplb
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
+	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -129,6 +134,57 @@ func TestWasReset(t *testing.T) {
 	far, near := unixPair(t)
 	require.NoError(t, far.Close())
 	require.False(t, wasReset(near))
+}
+
+// An MPTCP connection outlives its first subflow, and then ends in order.
+func TestWasResetWithoutTheFirstSubflow(t *testing.T) {
+	var skip string
+	inOwnNetwork(func(run func(command string) error) {
+		if run("ip link set lo up") != nil {
+			skip = "needs the right to make a network of its own, and ip(8)"
+			return
+		}
+		far, near := multipathPair(t)
+		defer far.Close()
+		assert.NoError(t, far.CloseWrite())
+		_, err := near.Read(make([]byte, 1))
+		assert.Equal(t, io.EOF, err)
+		if run("ip mptcp endpoint delete id 0 127.0.0.1") != nil {
+			skip = "this kernel or its ip(8) can't remove a subflow"
+			return
+		}
+		gone := func() (state int) {
+			_ = control(near, func(fd int) (err error) {
+				state, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+				return err
+			})
+			return state & 0xff
+		}
+		for deadline := time.Now().Add(hangTimeout); gone() != unix.BPF_TCP_CLOSE && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
+		assert.Equal(t, unix.BPF_TCP_CLOSE, gone(), "the first subflow is closed")
+		assert.False(t, wasReset(near))
+	})
+	if skip != "" {
+		t.Skip(skip)
+	}
+}
+
+// inOwnNetwork calls f in a thread with a network namespace of its own, where
+// that is allowed; commands that it runs are in there, too.
+func inOwnNetwork(f func(run func(command string) error)) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		allowed := unix.Unshare(unix.CLONE_NEWNET)
+		f(func(command string) error {
+			words := strings.Fields(command)
+			return errors.Join(allowed, exec.Command(words[0], words[1:]...).Run())
+		})
+	}()
+	<-done
 }
 
 // unixPair returns both ends of a connection over a Unix socket.
