@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -142,9 +143,11 @@ func TestStuckReceiversHoldNoPipe(t *testing.T) {
 	for range 2 * mostPipes {
 		relays = append(relays, startRelay(t, 0, nil))
 	}
+	var filling sync.WaitGroup
 	for _, r := range relays {
-		flood(t, r.backend)
+		filling.Go(func() { flood(t, r.backend) })
 	}
+	filling.Wait()
 	spare := func() int {
 		pipes.mu.Lock()
 		defer pipes.mu.Unlock()

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -97,6 +98,22 @@ func TestRelayMultipathClient(t *testing.T) {
 		expectReset(t, client)
 		expectReset(t, backend)
 		require.Equal(t, reasonDrainTimeout, <-why)
+	})
+	t.Run("bulk", func(t *testing.T) {
+		client, backend, _, why := start(t)
+		data := make([]byte, 20<<20)
+		fill(data)
+		for _, c := range [][2]*net.TCPConn{{backend, client}, {client, backend}} {
+			from, to := c[0], c[1]
+			go func() {
+				_, _ = from.Write(data)
+				_ = from.CloseWrite()
+			}()
+			got, err := io.ReadAll(to)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(data, got))
+		}
+		require.Equal(t, reasonBackendClosed, <-why)
 	})
 	t.Run("stalled download", func(t *testing.T) {
 		client, backend, r, why := start(t)

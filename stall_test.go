@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -112,21 +113,14 @@ func TestRelayCutsManyThatAreStalled(t *testing.T) {
 		r := startRelay(t, 0, []func(net.Conn) net.Conn{nil, hide}[i%2])
 		all = append(all, r)
 	}
-	filled := make(chan struct{})
-	next := make(chan *relayed, many)
+	var filling sync.WaitGroup
 	for i, r := range all {
-		go func() {
+		filling.Go(func() {
 			floodSmall(t, r, [][]*net.TCPConn{{r.client}, {r.backend}, {r.client, r.backend}}[i%3])
-			next <- r
-		}()
+		})
 	}
-	go func() {
-		defer close(filled)
-		for range many {
-			<-next
-		}
-	}()
-	<-filled
+	filling.Wait()
+	require.False(t, t.Failed())
 	within(t, func() {
 		for _, r := range all {
 			r.relay.cut(reasonDrainTimeout)
