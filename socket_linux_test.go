@@ -290,3 +290,24 @@ func TestSendRoom(t *testing.T) {
 	require.True(t, enough, "unknown")
 	require.Equal(t, spliceMax, n)
 }
+
+// Unix sockets have another idea of room, and of when there is enough of it.
+func TestRelayUnixBulk(t *testing.T) {
+	client, nearClient := tcpPair(t)
+	defer client.Close()
+	backend, nearBackend := unixPair(t)
+	_, why := startRelayBetween(t, nearClient, nearBackend)
+	data := make([]byte, 20<<20)
+	fill(data)
+	for _, way := range [][2]net.Conn{{client, backend}, {backend, client}} {
+		from, to := way[0], way[1]
+		go func() {
+			_, _ = from.Write(data)
+			_ = from.(writeCloser).CloseWrite()
+		}()
+		got, err := io.ReadAll(to)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(data, got))
+	}
+	require.Equal(t, reasonClientClosed, <-why)
+}
