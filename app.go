@@ -7,6 +7,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/mholt/caddy-l4/layer4"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -21,6 +23,8 @@ func init() {
 // run: a config that is only validated, or of which another app can't start,
 // touches nothing, and a backend that this process serves is there by then.
 type App struct {
+	ctx         caddy.Context
+	servers     []*layer4Server // nil: none of the handlers so far is in one
 	events      *caddyevents.App
 	generations map[string]*generation // by pool name
 }
@@ -39,6 +43,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
+	a.ctx = ctx
 	a.events = events.(*caddyevents.App)
 	a.generations = make(map[string]*generation)
 	if err := a.events.On("started", &starter{app: a}); err != nil {
@@ -58,12 +63,16 @@ func (s *starter) Handle(_ context.Context, e caddy.Event) error {
 	for _, g := range s.app.generations {
 		g.start()
 	}
+	adviseOfListeners(s.app.servers, s.app.ctx.Logger())
 	return nil
 }
 
 // join returns the generation that serves h, shared by all handlers of the
 // config that have its name and settings.
 func (a *App) join(ctx caddy.Context, h *Handler) (*generation, error) {
+	if err := a.meetServers(ctx); err != nil {
+		return nil, err
+	}
 	g, err := h.newGeneration(ctx)
 	if err != nil {
 		return nil, err
@@ -79,8 +88,30 @@ func (a *App) join(ctx caddy.Context, h *Handler) (*generation, error) {
 	return g, nil
 }
 
-// Start does nothing: see starter.
-func (a *App) Start() error { return nil }
+// meetServers looks at the servers of the layer4 app that provisions the first
+// handler; those in an HTTP server's listener wrapper have none.
+func (a *App) meetServers(ctx caddy.Context) error {
+	if a.servers != nil {
+		return nil
+	}
+	for _, m := range ctx.Modules() {
+		if app, ok := m.(*layer4.App); ok {
+			a.servers = layer4Servers(app)
+			return checkServers(a.servers)
+		}
+	}
+	return nil
+}
+
+// Start checks what is known only when all apps are provisioned. For the rest
+// see starter.
+func (a *App) Start() error {
+	app, err := a.ctx.AppIfConfigured("http")
+	if err != nil {
+		return nil // there is none
+	}
+	return checkHTTPServers(a.servers, app.(*caddyhttp.App))
+}
 
 // Stop takes the config's pools out of work. Connections go on if their backend
 // is in the next config, and for drain_timeout if not.

@@ -8,8 +8,11 @@ import (
 )
 
 func init() {
-	caddy.RegisterNetwork("tcp_lb", listenNetwork)
+	caddy.RegisterNetwork(networkName, listenNetwork)
 }
+
+// networkName is the network of this package's listeners.
+const networkName = "tcp_lb"
 
 // listenNetwork opens a listener of the network "tcp_lb", as in
 // "tcp_lb/:8080". It is TCP on a socket that all configs share which listen on
