@@ -3,6 +3,7 @@ package tcplb
 import (
 	"net"
 	"sync/atomic"
+	"time"
 )
 
 // acceptedConn is a client's connection from a listener of this package. It
@@ -10,40 +11,147 @@ import (
 // closed, also where it never gets as far as the handler.
 type acceptedConn struct {
 	*net.TCPConn
+	from  *entrance
 	holds atomic.Int32
+	guest atomic.Int32 // its files of the share for guests
 	taken atomic.Bool
+	place place
 }
 
 // What an acceptedConn holds of the file budget.
 const (
 	holdsNothing  = iota
 	holdsOverflow // its own file; it will be refused unless there is room by then
+	holdsOne      // its own file, of one that may never come to a handler
 	holdsPair     // its own and the backend's
 )
 
+// Connections take turns, in order of their call, to wait for files: those that
+// were accepted, and those that have reached a handler, which come first.
+var (
+	claims     = make(chan struct{}, 1)
+	admissions = make(chan struct{}, 1)
+	admitting  atomic.Int64 // wait for an admission, or have their turn
+)
+
 // claim takes a pair of files or, over the limit, one of those for connections
-// to be refused. It reports false where there is neither.
-func (c *acceptedConn) claim() bool {
+// to be refused. Where there is neither, connections that have waited for a
+// grace give way; until there are any it waits, unless it is stopped.
+func (c *acceptedConn) claim(stop <-chan struct{}, waits func()) {
+	if len(claims) == 0 && c.tryClaim() {
+		return
+	}
+	select {
+	case claims <- struct{}{}:
+	case <-stop:
+		return
+	}
+	defer func() { <-claims }()
+	for wait := minPause; !c.tryClaim() && !isClosed(stop); wait = min(2*wait, maxPause) {
+		waits()
+		pause(wait, stop)
+	}
+}
+
+func (c *acceptedConn) tryClaim() bool {
+	handed := admitting.Load() > 0 // pairs go to those
 	switch {
-	case files.acquirePair():
+	case !handed && files.acquireGently(filesPerConnection):
 		c.holds.Store(holdsPair)
 	case files.acquireOverflow():
 		c.holds.Store(holdsOverflow)
 	default:
-		return false
+		held := evictLongest(func(holds int32) bool { return holds == holdsOverflow || holds == holdsPair && !handed })
+		c.holds.Store(held)
+		return held != holdsNothing
 	}
 	return true
 }
 
-// admit reports whether the connection has its pair of files, or gets it now.
-func (c *acceptedConn) admit() bool {
-	if c.holds.Load() == holdsPair {
-		return true
-	}
-	if !files.acquirePair() {
+// claimAsGuest takes n files for a connection that may stay for good without
+// coming to a tcp_lb handler. Guests may have half of all files together, and
+// don't wait. It reports false if there are none left.
+func (c *acceptedConn) claimAsGuest(n int64) bool {
+	if !files.acquireForGuest(n) {
 		return false
 	}
-	c.giveBack(holdsPair)
+	if !files.acquireGently(n) {
+		if evictLongest(func(holds int32) bool { return holds == holdsPair }) != holdsPair {
+			files.releaseOfGuest(n)
+			return false
+		}
+		files.release(filesPerConnection - n)
+	}
+	c.guest.Store(int32(n))
+	c.holds.Store(holdsPair)
+	if n == 1 {
+		c.holds.Store(holdsOne)
+	}
+	return true
+}
+
+// evictLongest ends the connection that has waited longest of those that hold
+// what is wanted, if that is for a grace, and returns what it held.
+func evictLongest(wanted func(holds int32) bool) int32 {
+	c := longestWaiting(wanted)
+	if c == nil {
+		return holdsNothing
+	}
+	c.from.turnAway(c, filesShort)
+	c.reset()
+	return c.holds.Swap(holdsNothing) // unless its handler was faster to give it back
+}
+
+// admit reports whether the connection, which has reached a handler, has its
+// pair of files or gets it now. It waits while those that hold the rest have
+// yet to come: they will, or give way.
+func (c *acceptedConn) admit() bool {
+	if c.tryAdmit() {
+		return true
+	}
+	admitting.Add(1)
+	defer admitting.Add(-1)
+	timeout := time.NewTimer(2 * grace) // of those that hold files one may have come just now
+	defer timeout.Stop()
+	select {
+	case admissions <- struct{}{}:
+	case <-timeout.C:
+		return false
+	}
+	defer func() { <-admissions }()
+	for wait := minPause; ; wait = min(2*wait, maxPause) {
+		if c.tryAdmit() {
+			return true
+		}
+		if waiting.pairs.Load() == 0 {
+			return c.tryAdmit() // one may have ended, instead of having come
+		}
+		select {
+		case <-time.After(wait):
+		case <-timeout.C:
+			return false
+		}
+	}
+}
+
+func (c *acceptedConn) tryAdmit() bool {
+	held := c.holds.Load()
+	if held != holdsPair {
+		missing := int64(filesPerConnection)
+		if held == holdsOne {
+			missing--
+		}
+		if !files.acquireGently(missing) {
+			if evictLongest(func(holds int32) bool { return holds == holdsPair }) != holdsPair {
+				return false
+			}
+			files.release(filesPerConnection - missing)
+		}
+		if c.holds.Swap(holdsPair) == holdsOverflow {
+			files.releaseOverflow()
+		}
+	}
+	files.releaseOfGuest(int64(c.guest.Swap(0)))
 	return true
 }
 
@@ -63,19 +171,35 @@ func (c *acceptedConn) Close() error {
 
 // end closes the connection. The one to the backend must be closed by then.
 func (c *acceptedConn) end() error {
+	c.arrive() // or it never will
 	err := c.TCPConn.Close()
-	c.giveBack(holdsNothing)
+	c.giveBack()
 	return err
 }
 
-// giveBack exchanges what c holds.
-func (c *acceptedConn) giveBack(next int32) {
-	switch c.holds.Swap(next) {
+// cutOff ends a connection that was taken off its list.
+func (c *acceptedConn) cutOff(why turnedAway) {
+	c.from.turnAway(c, why) // so that it is counted when the client gets to know
+	c.reset()
+	c.giveBack()
+}
+
+func (c *acceptedConn) reset() {
+	_ = c.SetLinger(0)
+	_ = c.TCPConn.Close()
+}
+
+// giveBack gives back what c holds.
+func (c *acceptedConn) giveBack() {
+	switch c.holds.Swap(holdsNothing) {
 	case holdsPair:
-		files.releasePair()
+		files.release(filesPerConnection)
+	case holdsOne:
+		files.release(1)
 	case holdsOverflow:
 		files.releaseOverflow()
 	}
+	files.releaseOfGuest(int64(c.guest.Swap(0)))
 }
 
 // acceptedFrom returns the acceptedConn that conn is, or that is somewhere

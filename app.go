@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
@@ -17,14 +18,22 @@ func init() {
 }
 
 // App gives the tcp_lb handlers of a config a start and a stop, which layer4
-// handlers don't have. Handlers bring it in by themselves; it has no options.
+// handlers don't have. Handlers bring it in by themselves; it need be in the
+// config for its options only.
 //
 // What it starts, health checks among it, it starts once all apps of the config
 // run: a config that is only validated, or of which another app can't start,
 // touches nothing, and a backend that this process serves is there by then.
 type App struct {
+	// HandshakeTimeout is the time from a connection's being accepted by a tcp_lb
+	// listener to its reaching a tcp_lb handler, with whatever comes before that:
+	// matching, a TLS handshake, a PROXY header. It holds for listeners all of
+	// whose connections lead to tcp_lb. Default: 10s; 0 = no limit.
+	HandshakeTimeout *caddy.Duration `json:"handshake_timeout,omitempty"`
+
 	ctx         caddy.Context
 	servers     []*layer4Server // nil: none of the handlers so far is in one
+	waiting     *waitingList    // the config's connections on their way to a handler
 	events      *caddyevents.App
 	generations map[string]*generation // by pool name
 }
@@ -43,6 +52,11 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
+	setDefault(&a.HandshakeTimeout, new(caddy.Duration(defaultHandshakeTimeout)))
+	if err := checkDuration("handshake_timeout", *a.HandshakeTimeout, 0); err != nil {
+		return err
+	}
+	a.waiting = newWaitingList(time.Duration(*a.HandshakeTimeout))
 	a.ctx = ctx
 	a.events = events.(*caddyevents.App)
 	a.generations = make(map[string]*generation)
@@ -118,6 +132,9 @@ func (a *App) Start() error {
 func (a *App) Stop() error {
 	for _, g := range a.generations {
 		g.stop()
+	}
+	if a.waiting != nil { // else it could not be provisioned
+		a.waiting.close()
 	}
 	return nil
 }

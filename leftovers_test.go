@@ -33,7 +33,21 @@ func watchLeftovers(t testing.TB) {
 		eventually(t, func() bool { err = goleak.Find(goroutines...); return err == nil }, "no goroutine left: %v", lazily(func() any { return err }))
 		eventually(t, func() bool { return openFiles(t) <= filesBefore }, "%d sockets and pipes open again, now %v", filesBefore, lazily(func() any { return openFiles(t) }))
 		eventually(t, func() bool { return files.used.Load() == 0 }, "the file budget is free again")
+		eventually(t, func() bool { return files.overflow.Load() == 0 && files.guests.Load() == 0 }, "its shares, too")
+		eventually(t, func() bool { return onTheirWay() == 0 && waiting.pairs.Load() == 0 }, "no connection is on its way")
 	})
+}
+
+// onTheirWay is how many connections have yet to reach a handler.
+func onTheirWay() (n int) {
+	waiting.mu.Lock()
+	defer waiting.mu.Unlock()
+	for w := range waiting.lists {
+		for c := w.first; c != nil; c = c.place.next {
+			n++
+		}
+	}
+	return n
 }
 
 // lazily is a value for a message, found when that is written.

@@ -24,6 +24,11 @@ type fileBudget struct {
 	// of the reserve.
 	overflowLimit int64
 	overflow      atomic.Int64
+
+	// Of the files that are in use, those of connections that may stay without
+	// coming to tcp_lb. They may be half, so that there are always some for
+	// those that do.
+	guests atomic.Int64
 }
 
 // newFileBudget divides the process's limit of open files (0 = none). Up to 64
@@ -50,16 +55,25 @@ func (f *fileBudget) acquire(n int64) bool { return acquireUpTo(&f.used, n, f.li
 
 func (f *fileBudget) release(n int64) { f.used.Add(-n) }
 
-// acquirePair takes the files of one connection, for which slow probes give way.
-func (f *fileBudget) acquirePair() bool {
-	return f.acquire(filesPerConnection) || lanes.giveWay(filesPerConnection) && f.acquire(filesPerConnection)
+// acquireGently takes files, for which slow probes give way.
+func (f *fileBudget) acquireGently(n int64) bool {
+	return f.acquire(n) || lanes.giveWay(int(n)) && f.acquire(n)
 }
+
+// acquirePair takes the files of one connection.
+func (f *fileBudget) acquirePair() bool { return f.acquireGently(filesPerConnection) }
 
 func (f *fileBudget) releasePair() { f.release(filesPerConnection) }
 
 func (f *fileBudget) acquireOverflow() bool { return acquireUpTo(&f.overflow, 1, f.overflowLimit) }
 
 func (f *fileBudget) releaseOverflow() { f.overflow.Add(-1) }
+
+func (f *fileBudget) acquireForGuest(n int64) bool {
+	return acquireUpTo(&f.guests, n, max(filesPerConnection, f.limit/2))
+}
+
+func (f *fileBudget) releaseOfGuest(n int64) { f.guests.Add(-n) }
 
 func acquireUpTo(used *atomic.Int64, n, limit int64) bool {
 	if used.Add(n) <= limit {

@@ -5,6 +5,7 @@ import (
 	"net"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/mholt/caddy-l4/layer4"
 )
 
 func init() {
@@ -23,5 +24,28 @@ func listenNetwork(ctx context.Context, _, host, ports string, offset uint, conf
 	if err != nil {
 		return nil, err
 	}
-	return listenShared(ctx, address.At(offset), config)
+	address = address.At(offset)
+	return listenShared(ctx, address, config, arrivalsOf(ctx, address.JoinHostPort(0)))
+}
+
+// arrivals is what a listener has to know of its connections.
+type arrivals struct {
+	waiting *waitingList // nil: not all of them lead to a tcp_lb handler
+	files   int64        // that each takes, if not all do
+}
+
+// arrivalsOf looks at who listens: the layer4 app, an HTTP server, or another.
+func arrivalsOf(ctx context.Context, address string) arrivals {
+	c, ok := ctx.(caddy.Context)
+	if !ok {
+		return arrivals{files: filesPerConnection}
+	}
+	if _, ok := c.Module().(*layer4.App); !ok {
+		return arrivals{files: 1}
+	}
+	app, err := c.AppIfConfigured("tcp_lb")
+	if err == nil && coversAddress(app.(*App).servers, address) {
+		return arrivals{waiting: app.(*App).waiting}
+	}
+	return arrivals{files: filesPerConnection}
 }

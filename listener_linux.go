@@ -17,9 +17,9 @@ import (
 // socket is a listening socket, shared by the listeners of configs that
 // overlap. Connections that wait to be accepted wait in it, not in any of them.
 type socket struct {
-	ln      *net.TCPListener
-	address string
-	users   int // listeners that are not closed; guarded by sockets.mu
+	ln       *net.TCPListener
+	entrance *entrance
+	users    int // listeners that are not closed; guarded by sockets.mu
 
 	// turn is held by the listener that accepts. One at a time does, so that a
 	// listener that is closed can be woken without disturbing another.
@@ -39,6 +39,7 @@ var sockets = struct {
 // listener is one config's share in a socket.
 type listener struct {
 	*socket
+	arrivals  arrivals
 	closed    chan struct{}
 	closeOnce sync.Once
 	unwatch   func() bool // stops waiting for the config's end
@@ -47,7 +48,7 @@ type listener struct {
 // listenShared returns a listener on the socket for the address, and opens that
 // if need be. The listener ends with ctx: caddy-l4 forgets to close it when
 // another one of the config fails.
-func listenShared(ctx context.Context, address caddy.NetworkAddress, config net.ListenConfig) (any, error) {
+func listenShared(ctx context.Context, address caddy.NetworkAddress, config net.ListenConfig, how arrivals) (any, error) {
 	sockets.mu.Lock()
 	defer sockets.mu.Unlock()
 	key := address.JoinHostPort(0)
@@ -60,11 +61,11 @@ func listenShared(ctx context.Context, address caddy.NetworkAddress, config net.
 		if err != nil {
 			return nil, err
 		}
-		s = &socket{ln: ln.(*net.TCPListener), address: key, turn: make(chan struct{}, 1)}
+		s = &socket{entrance: &entrance{address: key}, ln: ln.(*net.TCPListener), turn: make(chan struct{}, 1)}
 		sockets.by[key] = s
 	}
 	s.users++
-	l := &listener{socket: s, closed: make(chan struct{})}
+	l := &listener{socket: s, arrivals: how, closed: make(chan struct{})}
 	l.unwatch = context.AfterFunc(ctx, func() { _ = l.Close() })
 	return l, nil
 }
@@ -130,9 +131,10 @@ func (l *listener) Accept() (net.Conn, error) {
 		l.endTurn()
 		switch {
 		case err == nil:
-			c := &acceptedConn{TCPConn: conn}
-			l.awaitFiles(c)
-			return c, nil
+			if c := l.receive(conn); c != nil {
+				return c, nil
+			}
+			wait = minPause / 2 // what it was about is over
 		case isClosed(l.closed):
 			// The next round says so.
 		case errors.Is(err, net.ErrClosed):
@@ -144,14 +146,33 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// awaitFiles keeps an accepted connection back while so many are about to be
-// refused that there is no file for another. They take their time when their
-// bytes are matched first.
-func (l *listener) awaitFiles(c *acceptedConn) {
-	for wait := minPause; !c.claim() && !isClosed(l.closed); wait = min(2*wait, maxPause) {
-		l.notice("no files are left, accepting slowly", nil)
-		pause(wait, l.closed)
+// receive takes the files for an accepted connection, and keeps it back while so
+// many are on their way that there is none, for a grace at most. It returns nil if
+// it closed the connection: one that may never come to a handler isn't waited for.
+func (l *listener) receive(conn *net.TCPConn) *acceptedConn {
+	c := &acceptedConn{TCPConn: conn, from: l.entrance}
+	if l.arrivals.waiting == nil {
+		if !c.claimAsGuest(l.arrivals.files) {
+			l.entrance.turnAway(c, noFiles)
+			_ = conn.Close()
+			return nil
+		}
+		return c
 	}
+	c.claim(l.closed, func() { l.notice("no files are left, accepting slowly", nil) })
+	l.arrivals.waiting.add(c)
+	return c
+}
+
+// entrances returns the addresses on which a config listens, with their books.
+func entrances() []*entrance {
+	sockets.mu.Lock()
+	defer sockets.mu.Unlock()
+	list := make([]*entrance, 0, len(sockets.by))
+	for _, s := range sockets.by {
+		list = append(list, s.entrance)
+	}
+	return list
 }
 
 // takeTurn waits until l may accept; it reports false once l is closed.
@@ -196,7 +217,7 @@ func (l *listener) Close() error {
 		sockets.mu.Lock()
 		defer sockets.mu.Unlock()
 		if l.users--; l.users == 0 {
-			delete(sockets.by, l.address)
+			delete(sockets.by, l.entrance.address)
 			err = l.ln.Close()
 		}
 	})
@@ -223,7 +244,7 @@ func (l *listener) notice(message string, err error) {
 	l.mu.Unlock()
 	if due {
 		caddy.Log().Named("tcp_lb").Warn(message,
-			zap.String("listener", l.address), zap.Error(err))
+			zap.String("listener", l.entrance.address), zap.Error(err))
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
@@ -25,6 +26,20 @@ func listenAs(t testing.TB, address string) (net.Listener, context.CancelFunc) {
 	require.NoError(t, err)
 	t.Cleanup(func() { cancel(); _ = ln.(net.Listener).Close() })
 	return ln.(net.Listener), cancel
+}
+
+// listenCovered opens a free address as a config does whose connections there
+// all lead to tcp_lb, within the limit.
+func listenCovered(t testing.TB, limit time.Duration) (ln *listener, w *waitingList, address string) {
+	t.Helper()
+	address = freeAddress(t)
+	na, err := caddy.ParseNetworkAddress(address)
+	require.NoError(t, err)
+	w = newWaitingList(limit)
+	l, err := listenShared(t.Context(), na, net.ListenConfig{}, arrivals{waiting: w})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = l.(*listener).Close(); w.close() })
+	return l.(*listener), w, address
 }
 
 // accepting calls Accept until it fails; the error ends the returned channel's
@@ -198,8 +213,7 @@ func useFiles(t testing.TB) (free func()) {
 // While there is no file for another connection, it is kept back.
 func TestAcceptWaitsForFiles(t *testing.T) {
 	watchLeftovers(t)
-	address := freeAddress(t)
-	ln, _ := listenAs(t, "tcp_lb/"+address)
+	ln, _, address := listenCovered(t, 0)
 	free, reserve := useFiles(t), files.overflowLimit
 	files.overflow.Add(-1)
 	t.Cleanup(func() { files.overflow.Add(1) })
@@ -207,6 +221,7 @@ func TestAcceptWaitsForFiles(t *testing.T) {
 
 	first := dialClient(t, address)
 	over := (<-conns).(*acceptedConn)
+	require.True(t, over.arrive())
 	require.False(t, over.admit(), "over the limit, to be refused")
 	second := dialClient(t, address)
 	eventually(t, saysItWaits(ln), "it says that it waits")
@@ -216,6 +231,7 @@ func TestAcceptWaitsForFiles(t *testing.T) {
 	expectEOF(t, first)
 	next := (<-conns).(*acceptedConn)
 	free()
+	require.True(t, next.arrive())
 	require.True(t, next.admit(), "now there is room")
 	require.Equal(t, reserve-1, files.overflow.Load())
 	_, _ = io.WriteString(next, "x")
@@ -228,8 +244,7 @@ func TestAcceptWaitsForFiles(t *testing.T) {
 // A listener that is closed while it waits for files hands over what it has.
 func TestCloseWhileAcceptWaitsForFiles(t *testing.T) {
 	watchLeftovers(t)
-	address := freeAddress(t)
-	ln, _ := listenAs(t, "tcp_lb/"+address)
+	ln, _, address := listenCovered(t, 0)
 	useFiles(t)
 	conns, failed := accepting(ln)
 	c := dialClient(t, address)

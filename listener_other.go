@@ -10,6 +10,9 @@ import (
 )
 
 // listenShared opens Caddy's own TCP listener.
-func listenShared(ctx context.Context, address caddy.NetworkAddress, config net.ListenConfig) (any, error) {
+func listenShared(ctx context.Context, address caddy.NetworkAddress, config net.ListenConfig, _ arrivals) (any, error) {
 	return address.Listen(ctx, 0, config)
 }
+
+// entrances returns those that have books: none, since the listeners are Caddy's.
+func entrances() []*entrance { return nil }

@@ -34,7 +34,8 @@ var (
 	descPoolLimit        = prometheus.NewDesc("tcp_lb_pool_max_connections", "Connections that the pool serves at most: its max_connections, or what the process's files allow if that is less.", []string{"lb"}, nil)
 	descFiles            = prometheus.NewDesc("tcp_lb_open_files", "Files that the connections of all pools use.", nil, nil)
 	descFileLimit        = prometheus.NewDesc("tcp_lb_max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.", nil, nil)
-	allDescriptions      = []*prometheus.Desc{descHealthy, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit}
+	descTurnedAway       = prometheus.NewDesc("tcp_lb_listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.", []string{"listener", "reason"}, nil)
+	allDescriptions      = []*prometheus.Desc{descHealthy, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit, descTurnedAway}
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError}
 )
 
@@ -49,6 +50,11 @@ func (collector) Describe(out chan<- *prometheus.Desc) {
 func (collector) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(files.used.Load()))
 	out <- prometheus.MustNewConstMetric(descFileLimit, prometheus.GaugeValue, float64(files.limit))
+	for _, e := range entrances() {
+		for why, name := range turnedAwayNames {
+			out <- prometheus.MustNewConstMetric(descTurnedAway, prometheus.CounterValue, float64(e.counts[why].Load()), e.address, name)
+		}
+	}
 	for _, p := range registry.snapshot() {
 		m := emitter{out: out, lb: p.name}
 		m.pool(p.pool)

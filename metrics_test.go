@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -48,13 +49,18 @@ func exposition(t testing.TB) string {
 
 // The README's reference names every metric, with its type and labels.
 func TestMetricsReference(t *testing.T) {
-	lb := startLB(t, "", namedServer(t, "a").address)
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig("tcp_lb/"+lb, backendsJSON(namedServer(t, "a").address)+"}"))
 	_, err := ask(lb)
 	require.NoError(t, err)
 	requireBooksBalance(t, 1)
 	families, err := gathererOf(collector{}).Gather()
 	require.NoError(t, err)
-	require.Len(t, families, len(allDescriptions))
+	want := len(allDescriptions)
+	if runtime.GOOS != "linux" {
+		want-- // there tcp_lb listeners are Caddy's, and have no books
+	}
+	require.Len(t, families, want)
 
 	documented := make(map[string]string)
 	for _, row := range regexp.MustCompile("(?m)^\\| `(tcp_lb_[a-z_]+)` \\| (.*)$").FindAllStringSubmatch(readFile(t, "README.md"), -1) {

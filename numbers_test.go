@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -43,7 +44,7 @@ func newStage(t *testing.T) *stage {
 		"apps":{"http":{"servers":{"metrics":{"listen":["` + metrics + `"],"protocols":["h1"],"automatic_https":{"disable":true},
 			"routes":[{"handle":[{"handler":"metrics"}]}]}}},
 		"layer4":{"servers":{` + strings.Join([]string{
-		pool("web", s.web, fmt.Sprintf(`"backends":[{"address":%q,"weight":3},{"address":%q}],`, s.heavy.address, s.light.address)+fastChecks),
+		pool("web", "tcp_lb/"+s.web, fmt.Sprintf(`"backends":[{"address":%q,"weight":3},{"address":%q}],`, s.heavy.address, s.light.address)+fastChecks),
 		pool("dead", s.dead, backendsJSON(gone)+","+fastChecks),
 		pool("retry", s.retry, backendsJSON(s.good.address, gone)+`,"health_checks":{"active":{"disabled":true}}`),
 		pool("small", s.small, backendsJSON(s.good.address)+`,"max_connections":2,`+fastChecks),
@@ -292,6 +293,9 @@ func ruleExpr(t testing.TB, alert string) string {
 func (s *stage) everyExpression(t *testing.T) {
 	p := s.prometheus
 	for name, expr := range expressions(t) {
+		if runtime.GOOS != "linux" && strings.Contains(expr, "tcp_lb_listener_") {
+			continue // there tcp_lb listeners are Caddy's, and have no books
+		}
 		require.True(t, p.query(expr).hasNumber(), "%s: %s", name, expr)
 	}
 

@@ -179,6 +179,21 @@ func checkHTTPServers(servers []*layer4Server, app *caddyhttp.App) error {
 	return nil
 }
 
+// coversAddress reports whether a listener of the network tcp_lb on the address
+// is one of a server all of whose connections lead to tcp_lb.
+func coversAddress(servers []*layer4Server, address string) bool {
+	for _, s := range servers {
+		for _, a := range s.addresses {
+			for offset := range a.PortRangeSize() {
+				if a.Network == networkName && a.JoinHostPort(offset) == address {
+					return s.covered
+				}
+			}
+		}
+	}
+	return false
+}
+
 // acceptsStreams reports whether an HTTP server's listener is for more than
 // HTTP/3, which is on UDP.
 func acceptsStreams(s *caddyhttp.Server, i int) bool {

@@ -29,6 +29,8 @@ const (
 	defaultIdleTimeout  = time.Hour
 	defaultDrainTimeout = 30 * time.Second
 
+	defaultHandshakeTimeout = 10 * time.Second
+
 	maxWeight  = 256
 	maxRetries = 100
 	maxCounts  = 1000

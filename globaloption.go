@@ -1,0 +1,69 @@
+package tcplb
+
+import (
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+)
+
+func init() {
+	httpcaddyfile.RegisterGlobalOption("tcp_lb", parseGlobalOption)
+}
+
+// globalOptions has the options of the app.
+var globalOptions = map[string]func(*parser, *App) error{
+	"handshake_timeout": func(p *parser, a *App) error {
+		option, value, err := p.value("a duration such as 10s")
+		if err != nil {
+			return err
+		}
+		d, err := p.parseDuration(option, value, 0)
+		a.HandshakeTimeout = &d
+		return err
+	},
+}
+
+// parseGlobalOption reads what holds for all tcp_lb handlers of a config:
+//
+//	tcp_lb {
+//		handshake_timeout <duration>
+//	}
+//
+// Every error names the option, its value, the file and the line.
+func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
+	d.Next() // option name
+	if existing != nil {
+		return nil, d.Errf("tcp_lb: the global option is set twice, put both blocks together")
+	}
+	if d.NextArg() {
+		return nil, d.Errf("tcp_lb: the global option takes a block, found %q", d.Val())
+	}
+	app := new(App)
+	p := &parser{Dispenser: d, seen: make(map[string]bool)}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if err := p.globalOption(app); err != nil {
+			return nil, err
+		}
+	}
+	return httpcaddyfile.App{Name: "tcp_lb", Value: caddyconfig.JSON(app, nil)}, nil
+}
+
+// globalOption reads the option that the current token names.
+func (p *parser) globalOption(a *App) error {
+	name := p.Val()
+	parse, ok := globalOptions[name]
+	if !ok {
+		return p.Errf("tcp_lb: unknown global option %q", name)
+	}
+	if p.seen[name] {
+		return p.Errf("tcp_lb: global option %s is set twice", name)
+	}
+	p.seen[name] = true
+	if err := parse(p, a); err != nil {
+		return err
+	}
+	return p.noBlock(name)
+}
+
+// Interface guard
+var _ httpcaddyfile.UnmarshalGlobalFunc = parseGlobalOption
