@@ -26,6 +26,12 @@ const (
 	holdsPair     // its own and the backend's
 )
 
+// How long accepting and admitting pause, at first and at most.
+const (
+	minPause = time.Millisecond
+	maxPause = 100 * time.Millisecond
+)
+
 // Connections take turns, in order of their call, to wait for files: those that
 // were accepted, and those that have reached a handler, which come first.
 var (

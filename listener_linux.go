@@ -227,12 +227,6 @@ func (l *listener) Close() error {
 // Addr returns the socket's address.
 func (l *listener) Addr() net.Addr { return l.ln.Addr() }
 
-// How long accepting pauses, at first and at most.
-const (
-	minPause = time.Millisecond
-	maxPause = 100 * time.Millisecond
-)
-
 // notice logs why accepting pauses, once a minute at most.
 func (l *listener) notice(message string, err error) {
 	l.mu.Lock()

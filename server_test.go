@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"runtime"
 	"strings"
 	"testing"
@@ -124,7 +125,8 @@ func TestHTTPServerOnTheSameAddress(t *testing.T) {
 			fmt.Sprintf(`"apps":{"http":{"http_port":1,"servers":{"site":{"listen":[%q],"automatic_https":{"disable":true}%s}}},`, http, options), 1)
 	}
 	at := freeAddress(t)
-	port := portOf(at)
+	_, port, err := net.SplitHostPort(at)
+	require.NoError(t, err)
 	for name, c := range map[string]struct{ l4, http string }{
 		"tcp_lb/ and plain": {"tcp_lb/" + at, at},
 		"both tcp_lb/":      {"tcp_lb/" + at, "tcp_lb/" + at},

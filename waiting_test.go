@@ -1,0 +1,217 @@
+package tcplb
+
+import (
+	"net"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// arrival is a connection as a listener of this package accepts it, in the list
+// and with what it is said to hold.
+func arrival(t testing.TB, w *waitingList, holds int32) *acceptedConn {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	dialClient(t, ln.Addr().String())
+	conn, err := ln.Accept()
+	require.NoError(t, err)
+	c := &acceptedConn{TCPConn: conn.(*net.TCPConn), from: &entrance{address: "test"}}
+	t.Cleanup(func() { _ = c.end() })
+	switch holds {
+	case holdsPair:
+		files.used.Add(filesPerConnection)
+	case holdsOverflow:
+		files.overflow.Add(1)
+	}
+	c.holds.Store(holds)
+	w.add(c)
+	return c
+}
+
+// wait makes c a connection that has waited for so long.
+func (c *acceptedConn) wait(d time.Duration) {
+	waiting.mu.Lock()
+	defer waiting.mu.Unlock()
+	c.place.since = time.Now().Add(-d)
+}
+
+func anyHolder(int32) bool { return true }
+
+func pairHolder(holds int32) bool { return holds == holdsPair }
+
+// The longest of all lists goes first, and none before a grace is over.
+func TestLongestWaitingGoesFirst(t *testing.T) {
+	watchLeftovers(t)
+	one, other := newWaitingList(time.Hour), newWaitingList(0)
+	t.Cleanup(one.close)
+	t.Cleanup(other.close)
+	a, b, c := arrival(t, one, holdsOverflow), arrival(t, one, holdsPair), arrival(t, one, holdsPair)
+	d, e := arrival(t, other, holdsPair), arrival(t, other, holdsOverflow)
+	require.Nil(t, longestWaiting(anyHolder), "all have just come")
+	a.wait(5 * grace)
+	b.wait(3 * grace)
+	d.wait(4 * grace)
+	require.EqualValues(t, 3, waiting.pairs.Load())
+	require.Same(t, d, longestWaiting(pairHolder))
+	require.Same(t, a, longestWaiting(anyHolder))
+	require.Same(t, b, longestWaiting(anyHolder))
+	require.Nil(t, longestWaiting(anyHolder))
+	require.EqualValues(t, 1, waiting.pairs.Load())
+	require.Equal(t, 2, onTheirWay())
+	for _, gone := range []*acceptedConn{a, b, d} {
+		require.False(t, gone.arrive(), "too late")
+	}
+	require.True(t, c.arrive())
+	require.True(t, c.arrive(), "again")
+	require.True(t, e.arrive())
+	require.Zero(t, onTheirWay())
+}
+
+// A connection that was cut off just before it reached the handler is not
+// served any more.
+func TestCutOffBeforeTheHandler(t *testing.T) {
+	watchLeftovers(t)
+	w := newWaitingList(time.Hour)
+	t.Cleanup(w.close)
+	c := arrival(t, w, holdsPair)
+	c.wait(2 * grace)
+	require.EqualValues(t, holdsPair, evictLongest(pairHolder))
+	files.release(filesPerConnection)
+	require.EqualValues(t, 1, c.from.counts[filesShort].Load())
+	h := handlerOf(t, `{"name":"web"}`) // which has no pool, and must not ask for it
+	require.NoError(t, h.Handle(layer4Connection(c), nil))
+}
+
+// A timer stays only while a config or a connection needs it.
+func TestWaitingListDisarms(t *testing.T) {
+	watchLeftovers(t)
+	w := newWaitingList(time.Hour)
+	armed := func() bool {
+		waiting.mu.Lock()
+		defer waiting.mu.Unlock()
+		return w.armed
+	}
+	require.False(t, armed())
+	c := arrival(t, w, holdsNothing)
+	require.True(t, armed())
+	w.close()
+	require.True(t, armed(), "c keeps its time")
+	require.NoError(t, c.Close())
+	require.False(t, armed())
+	require.NoError(t, arrival(t, w, holdsNothing).Close(), "a last one")
+	require.False(t, armed())
+}
+
+// useAllFiles takes all files of the budget.
+func useAllFiles(t testing.TB) {
+	t.Helper()
+	freePipes()
+	rest := files.limit - files.used.Load()
+	require.True(t, files.acquire(rest))
+	t.Cleanup(func() { files.release(rest) })
+}
+
+// A client that has reached the handler without a pair of files waits for those
+// that have one and are not there: until one gives way, or all are there.
+func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
+	admitted := func(c *acceptedConn) chan bool {
+		done := make(chan bool, 1)
+		require.True(t, c.arrive())
+		go func() { done <- c.admit() }()
+		return done
+	}
+	t.Run("one gives way", func(t *testing.T) {
+		watchLeftovers(t)
+		w := newWaitingList(time.Hour)
+		t.Cleanup(w.close)
+		quiet := arrival(t, w, holdsPair)
+		useAllFiles(t)
+		began := time.Now()
+		c := arrival(t, w, holdsOverflow)
+		require.True(t, <-admitted(c))
+		require.GreaterOrEqual(t, time.Since(began), grace/2, "it had its time")
+		require.False(t, quiet.arrive())
+		require.EqualValues(t, 1, quiet.from.counts[filesShort].Load())
+		require.Zero(t, files.overflow.Load())
+	})
+	t.Run("all get there", func(t *testing.T) {
+		watchLeftovers(t)
+		w := newWaitingList(time.Hour)
+		t.Cleanup(w.close)
+		fast := arrival(t, w, holdsPair)
+		useAllFiles(t)
+		c := arrival(t, w, holdsOverflow)
+		done := admitted(c)
+		eventually(t, func() bool { return admitting.Load() == 1 }, "it waits")
+		require.True(t, fast.arrive())
+		require.False(t, <-done, "no file is left")
+		require.EqualValues(t, 1, files.overflow.Load())
+	})
+	t.Run("nobody is on the way", func(t *testing.T) {
+		watchLeftovers(t)
+		w := newWaitingList(time.Hour)
+		t.Cleanup(w.close)
+		useAllFiles(t)
+		c := arrival(t, w, holdsOverflow)
+		require.False(t, <-admitted(c))
+	})
+	t.Run("while it waits, those that come get no pair", func(t *testing.T) {
+		watchLeftovers(t)
+		w := newWaitingList(time.Hour)
+		t.Cleanup(w.close)
+		admitting.Add(1)
+		defer admitting.Add(-1)
+		c := arrival(t, w, holdsNothing)
+		require.True(t, c.tryClaim())
+		require.EqualValues(t, holdsOverflow, c.holds.Load())
+	})
+}
+
+// An HTTP server's connection that a listener wrapper leads to tcp_lb needs one
+// file more, and leaves the share of those that stay elsewhere.
+func TestGuestIsAdmitted(t *testing.T) {
+	watchLeftovers(t)
+	w := newWaitingList(time.Hour)
+	t.Cleanup(w.close)
+	before := files.used.Load()
+	guest := func() *acceptedConn {
+		c := arrival(t, w, holdsNothing)
+		require.True(t, c.arrive())
+		require.True(t, c.claimAsGuest(1))
+		require.EqualValues(t, 1, files.guests.Load())
+		return c
+	}
+	c := guest()
+	require.Equal(t, before+1, files.used.Load())
+	require.True(t, c.admit())
+	require.Zero(t, files.guests.Load())
+	require.Equal(t, before+2, files.used.Load())
+	require.NoError(t, c.Close())
+	require.Equal(t, before, files.used.Load())
+
+	// The same where a connection has to give way, for the first file and for
+	// the second.
+	quiet := arrival(t, w, holdsPair)
+	quiet.wait(2 * grace)
+	freePipes()
+	rest := files.limit - files.used.Load()
+	require.True(t, files.acquire(rest))
+	c = guest()
+	require.False(t, quiet.arrive())
+	require.Equal(t, files.limit-1, files.used.Load())
+	require.True(t, files.acquire(1))
+	require.False(t, c.tryAdmit())
+	quiet = arrival(t, w, holdsNothing)
+	require.True(t, quiet.arrive())
+	files.release(2)
+	require.True(t, quiet.tryAdmit())
+	w.add(quiet)
+	quiet.wait(2 * grace)
+	require.True(t, c.tryAdmit())
+	require.Equal(t, files.limit-1, files.used.Load(), "two for c, none for the other")
+	files.release(rest - 1)
+	require.NoError(t, c.Close())
+}
