@@ -24,8 +24,8 @@ type probeLanes struct {
 	mu        sync.Mutex
 	free      int // of the files set apart
 	slow      int // of those, the slow lane's
-	borrowed  map[*place]struct{}
-	waiting   [numQueues]list.List // of *place
+	borrowed  map[*probePlace]struct{}
+	waiting   [numQueues]list.List // of *probePlace
 	slowTurns int                  // given to the two queues of the slow lane
 }
 
@@ -66,12 +66,12 @@ func newProbeLanes(f *fileBudget) *probeLanes {
 		mostSlow:     max(1, f.probes/2),
 		mostBorrowed: int(min(mostBorrowed, f.limit/8)),
 		free:         f.probes,
-		borrowed:     make(map[*place]struct{}),
+		borrowed:     make(map[*probePlace]struct{}),
 	}
 }
 
-// place is what a probe waits for and then has.
-type place struct {
+// probePlace is what a probe waits for and then has.
+type probePlace struct {
 	lanes *probeLanes
 	ctx   context.Context
 	abort context.CancelFunc
@@ -86,8 +86,8 @@ type place struct {
 
 // enter waits for a place, which run gives back; nil if ctx ended first. A
 // receive from urgent moves one of the slow queue to the urgent one.
-func (l *probeLanes) enter(ctx context.Context, q queue, urgent <-chan struct{}) *place {
-	p := &place{lanes: l, given: make(chan struct{}), queue: q}
+func (l *probeLanes) enter(ctx context.Context, q queue, urgent <-chan struct{}) *probePlace {
+	p := &probePlace{lanes: l, given: make(chan struct{}), queue: q}
 	p.ctx, p.abort = context.WithCancel(ctx)
 	l.mu.Lock()
 	p.turn = l.waiting[q].PushBack(p)
@@ -108,7 +108,7 @@ func (l *probeLanes) enter(ctx context.Context, q queue, urgent <-chan struct{})
 
 // run makes the probe, and leaves. The error is errBrokenOff where the probe
 // had to end without a result.
-func (p *place) run(probe func(context.Context) error) error {
+func (p *probePlace) run(probe func(context.Context) error) error {
 	if p.queue == promptQueue {
 		timer := time.AfterFunc(promptTime, p.moveOver)
 		defer timer.Stop()
@@ -121,7 +121,7 @@ func (p *place) run(probe func(context.Context) error) error {
 }
 
 // hurry moves a probe that waits in the slow queue to the urgent one.
-func (p *place) hurry() {
+func (p *probePlace) hurry() {
 	l := p.lanes
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -133,7 +133,7 @@ func (p *place) hurry() {
 }
 
 // moveOver takes a probe out of the prompt lane, whose time is over.
-func (p *place) moveOver() {
+func (p *probePlace) moveOver() {
 	l := p.lanes
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -153,7 +153,7 @@ func (p *place) moveOver() {
 
 // leave gives up the place, or the turn for one. It reports whether the probe
 // was broken off.
-func (p *place) leave() (broken bool) {
+func (p *probePlace) leave() (broken bool) {
 	p.abort()
 	l := p.lanes
 	l.mu.Lock()
@@ -181,12 +181,12 @@ func (p *place) leave() (broken bool) {
 func (l *probeLanes) giveLocked() {
 	for first := l.waiting[promptQueue].Front(); first != nil && l.free > 0; first = l.waiting[promptQueue].Front() {
 		l.free--
-		p := first.Value.(*place)
+		p := first.Value.(*probePlace)
 		p.in = promptLane
 		l.giveTurnLocked(p)
 	}
 	for first := l.firstSlowLocked(); first != nil; first = l.firstSlowLocked() {
-		p := first.Value.(*place)
+		p := first.Value.(*probePlace)
 		if !l.admitSlowLocked(p) {
 			return
 		}
@@ -195,7 +195,7 @@ func (l *probeLanes) giveLocked() {
 	}
 }
 
-func (l *probeLanes) giveTurnLocked(p *place) {
+func (l *probeLanes) giveTurnLocked(p *probePlace) {
 	l.waiting[p.queue].Remove(p.turn)
 	p.turn = nil
 	close(p.given)
@@ -212,7 +212,7 @@ func (l *probeLanes) firstSlowLocked() *list.Element {
 }
 
 // admitSlowLocked puts p in the slow lane if there is room.
-func (l *probeLanes) admitSlowLocked(p *place) bool {
+func (l *probeLanes) admitSlowLocked(p *probePlace) bool {
 	switch {
 	case len(l.borrowed) < l.mostBorrowed && acquireUpTo(&l.files.used, 1, l.files.limit/4*3):
 		l.borrowed[p] = struct{}{}

@@ -125,17 +125,17 @@ func testBlackHoles(t *testing.T, full bool) {
 func smallLanes() *probeLanes { return newProbeLanes(&fileBudget{limit: 8, probes: 4}) }
 
 // waiter waits for a place.
-type waiter struct{ got chan *place }
+type waiter struct{ got chan *probePlace }
 
 func wait(l *probeLanes, q queue) waiter {
-	w := waiter{make(chan *place, 1)}
+	w := waiter{make(chan *probePlace, 1)}
 	go func() { w.got <- l.enter(context.Background(), q, nil) }()
 	synctest.Wait()
 	return w
 }
 
 // has returns the place, if w has it by now.
-func (w waiter) has() *place {
+func (w waiter) has() *probePlace {
 	synctest.Wait()
 	select {
 	case p := <-w.got:
@@ -146,7 +146,7 @@ func (w waiter) has() *place {
 }
 
 // enterNow enters probes that don't have to wait.
-func enterNow(t *testing.T, l *probeLanes, q queue, n int) (in []*place) {
+func enterNow(t *testing.T, l *probeLanes, q queue, n int) (in []*probePlace) {
 	t.Helper()
 	for range n {
 		p := wait(l, q).has()
@@ -156,7 +156,7 @@ func enterNow(t *testing.T, l *probeLanes, q queue, n int) (in []*place) {
 	return in
 }
 
-func leaveAll(places ...*place) {
+func leaveAll(places ...*probePlace) {
 	for _, p := range places {
 		p.leave()
 	}
@@ -205,7 +205,7 @@ func TestUrgentProbesComeFirst(t *testing.T) {
 		require.True(t, l.files.acquire(8))
 		in := enterNow(t, l, slowQueue, 2)
 		order := ""
-		turn := make(chan *place)
+		turn := make(chan *probePlace)
 		queueUp := func(name string, q queue, urgent <-chan struct{}) {
 			go func() {
 				p := l.enter(context.Background(), q, urgent)
@@ -242,7 +242,7 @@ func TestWaitingForAPlaceEnds(t *testing.T) {
 		in := enterNow(t, l, promptQueue, 4)
 		for range 100 {
 			ctx, cancel := context.WithCancel(context.Background())
-			got := make(chan *place)
+			got := make(chan *probePlace)
 			go func() { got <- l.enter(ctx, promptQueue, nil) }()
 			synctest.Wait()
 			go cancel()

@@ -108,7 +108,6 @@ func TestWaitingListDisarms(t *testing.T) {
 // useAllFiles takes all files of the budget.
 func useAllFiles(t testing.TB) {
 	t.Helper()
-	freePipes()
 	rest := files.limit - files.used.Load()
 	require.True(t, files.acquire(rest))
 	t.Cleanup(func() { files.release(rest) })
@@ -196,7 +195,6 @@ func TestGuestIsAdmitted(t *testing.T) {
 	// the second.
 	quiet := arrival(t, w, holdsPair)
 	quiet.wait(2 * grace)
-	freePipes()
 	rest := files.limit - files.used.Load()
 	require.True(t, files.acquire(rest))
 	c = guest()
