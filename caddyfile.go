@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -112,7 +113,7 @@ func (p *parser) option() error {
 	}
 	parse, ok := optionParsers[name]
 	if !ok {
-		return p.Errf("tcp_lb: unknown option %q", name)
+		return p.Errf("tcp_lb: %s", unknown("option", name, optionNames(), meantOptions))
 	}
 	if p.seen[name] {
 		return p.Errf("tcp_lb: option %s is set twice", name)
@@ -129,7 +130,11 @@ func (p *parser) option() error {
 
 func (p *parser) noBlock(name string) error {
 	if p.NextBlock(p.Nesting()) {
-		return p.Errf("%s: takes no block, found %q", name, p.Val())
+		hint := ""
+		if name == "access_log" {
+			hint = ": Caddy's global option log says where its lines go"
+		}
+		return p.Errf("%s: takes no block, found %q%s", name, p.Val(), hint)
 	}
 	return nil
 }
@@ -173,7 +178,7 @@ func number(low, high int, set func(*Handler, int)) func(*parser) error {
 func (p *parser) parseNumber(option, value string, low, high int) (int, error) {
 	n, err := strconv.Atoi(value)
 	if err != nil {
-		return 0, p.Errf("%s %s: want a number from %d to %d", option, value, low, high)
+		return 0, p.Errf("%s %s: want a number from %d to %d%s", option, value, low, high, valueHint(option, value))
 	}
 	return n, p.located(checkRange(option, n, low, high))
 }
@@ -196,7 +201,7 @@ func duration(low time.Duration, set func(*Handler, caddy.Duration)) func(*parse
 func (p *parser) parseDuration(option, value string, low time.Duration) (caddy.Duration, error) {
 	d, err := caddy.ParseDuration(value)
 	if err != nil {
-		return 0, p.Errf("%s %s: want a duration such as 10s", option, value)
+		return 0, p.Errf("%s %s: want a duration such as 10s%s", option, value, durationHint(option, value))
 	}
 	return caddy.Duration(d), p.located(checkDuration(option, caddy.Duration(d), low))
 }
@@ -215,9 +220,12 @@ func (p *parser) healthInterval() error {
 	if err != nil {
 		return err
 	}
-	if value == "off" {
+	switch value {
+	case "off":
 		p.h.activeChecks().Disabled = true
 		return nil
+	case "0", "0s", "none", "never", "no", "false", "disabled":
+		return p.Errf("%s %s: want a duration such as 10s, or off", option, value)
 	}
 	p.h.activeChecks().Interval, err = p.parseDuration(option, value, time.Millisecond)
 	return err
@@ -226,7 +234,7 @@ func (p *parser) healthInterval() error {
 func (p *parser) accessLog() error {
 	p.h.AccessLog = true
 	if p.NextArg() {
-		return p.Errf("access_log: takes no value, found %q", p.Val())
+		return p.Errf("access_log: takes no value, found %q: it is off unless it is there, and Caddy's global option log says where its lines go", p.Val())
 	}
 	return nil
 }
@@ -237,7 +245,10 @@ func (p *parser) policy() error {
 		return p.Errf("lb_policy: the value is missing, want a policy such as round_robin")
 	}
 	name := p.Val()
-	module, err := caddyfile.UnmarshalModule(p.Dispenser, "layer4.tcp_lb.selection_policies."+name)
+	if err := checkPolicyName(name); err != nil {
+		return p.Errf("lb_policy %s: %v", name, err)
+	}
+	module, err := caddyfile.UnmarshalModule(p.Dispenser, policyNamespace+"."+name)
 	if err != nil {
 		return fmt.Errorf("lb_policy %s: %w", name, err)
 	}
@@ -258,17 +269,12 @@ func (p *parser) backend() error {
 		return p.Errf("backend: the address is missing, want host:port")
 	}
 	b, at := BackendConfig{Address: p.Val()}, p.mark()
-	if p.NextArg() {
-		if err := p.weight(&b, p.Val()); err != nil {
-			return err
-		}
-	}
-	if p.NextArg() {
-		return p.Errf("backend %s: want an address and a weight, found %q as well", b.Address, p.Val())
+	if err := p.backendLine(&b); err != nil {
+		return err
 	}
 	for nesting := p.Nesting(); p.NextBlock(nesting); {
 		if name := p.Val(); name != "weight" {
-			return p.Errf("backend %s: unknown option %q", b.Address, name)
+			return p.Errf("backend %s: %s", b.Address, unknown("option", name, []string{"weight"}, meantOfBackend))
 		}
 		_, value, err := p.value("a number")
 		if err != nil {
@@ -284,6 +290,37 @@ func (p *parser) backend() error {
 	located := *p
 	located.Dispenser = at
 	return located.addBackend(b)
+}
+
+// backendLine reads what follows the address: a weight at most.
+func (p *parser) backendLine(b *BackendConfig) error {
+	if !p.NextArg() {
+		return nil
+	}
+	found, next := p.Val(), ""
+	line := p.mark()
+	more := p.NextArg()
+	if more {
+		next = p.Val()
+	}
+	if strings.ContainsAny(b.Address, ",;") { // the word after it is no weight
+		return line.Errf("backend %q: %v", b.Address, misspelled(b.Address, nil))
+	}
+	if _, err := strconv.Atoi(found); err != nil {
+		if err := backendLineError(b.Address, found, next); err != nil {
+			return line.Errf("backend %s: %v", b.Address, err)
+		}
+	}
+	if err := p.weight(b, found); err != nil {
+		return err
+	}
+	if !more {
+		return nil
+	}
+	if err := backendLineError(b.Address, next, ""); err != nil {
+		return p.Errf("backend %s: %v", b.Address, err)
+	}
+	return p.Errf("backend %s: want an address and a weight, found %q as well", b.Address, next)
 }
 
 func (p *parser) weight(b *BackendConfig, value string) error {
@@ -303,7 +340,7 @@ func (p *parser) weight(b *BackendConfig, value string) error {
 func (p *parser) addBackend(b BackendConfig) error {
 	t, err := target{text: b.Address}, checkText(b.Address)
 	if !hasPlaceholder(b.Address) {
-		t, err = parseTarget(b.Address)
+		t, err = parseBackend(b.Address)
 	}
 	if err != nil {
 		return p.located(fmt.Errorf("backend %q: %w", b.Address, err))

@@ -18,7 +18,8 @@ func init() {
 // Handlers of one name and the same settings share one pool of backends:
 // health, position in the rotation, limit and counters.
 type Handler struct {
-	// Name labels the pool in metrics, logs and the admin API. Default: "tcp_lb".
+	// Name labels the pool in metrics, logs and the admin API. Placeholders are
+	// resolved once, when the config is loaded. Default: "tcp_lb".
 	Name string `json:"name,omitempty"`
 	// Backends are the servers to choose from, at least one.
 	Backends []BackendConfig `json:"backends,omitempty"`

@@ -44,6 +44,11 @@ var defaultPolicy = json.RawMessage(`{"policy":"round_robin"}`)
 func (h *Handler) fill() error {
 	setDefault(&h.Name, defaultName)
 	repl := caddy.NewReplacer()
+	name, err := repl.ReplaceOrErr(h.Name, true, true)
+	if err != nil {
+		return fmt.Errorf("tcp_lb %q: name: %w", h.Name, err)
+	}
+	h.Name = name
 	for i := range h.Backends {
 		b := &h.Backends[i]
 		address, err := repl.ReplaceOrErr(b.Address, true, true)
@@ -126,7 +131,7 @@ func checkBackends(backends []BackendConfig) error {
 	}
 	seen := make(map[string]bool, len(backends))
 	for _, b := range backends {
-		t, err := parseTarget(b.Address)
+		t, err := parseBackend(b.Address)
 		if err != nil {
 			return fmt.Errorf("backend %q: %w", b.Address, err)
 		}
@@ -177,6 +182,13 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 	if err != nil {
 		return nil, err
 	}
+	name := h.policyName()
+	if name == "" {
+		return nil, fmt.Errorf("tcp_lb %q: selection policy %s: want an object such as %s", h.Name, short(h.LoadBalancing.SelectionPolicyRaw), defaultPolicy)
+	}
+	if err := checkPolicyName(name); err != nil {
+		return nil, fmt.Errorf("tcp_lb %q: selection policy: %w", h.Name, err)
+	}
 	policy, err := ctx.LoadModule(h.LoadBalancing, "SelectionPolicyRaw")
 	if err != nil {
 		return nil, fmt.Errorf("tcp_lb %q: loading the selection policy: %w", h.Name, err)
@@ -222,6 +234,17 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		g.config = append(g.config, member{target: t, weight: *b.Weight})
 	}
 	return g, nil
+}
+
+// policyName returns the name in the policy's JSON; empty if there is none.
+func (h *Handler) policyName() string {
+	var policy struct {
+		Name string `json:"policy"`
+	}
+	if json.Unmarshal(h.LoadBalancing.SelectionPolicyRaw, &policy) != nil {
+		return ""
+	}
+	return policy.Name
 }
 
 // fingerprint is equal for two handlers of the same settings only, however

@@ -1,0 +1,149 @@
+package tcplb
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// UnmarshalJSON is as strict as Caddy is with modules. It is here for its
+// errors, which name the place and what could be meant.
+func (h *Handler) UnmarshalJSON(b []byte) error {
+	type plain Handler // without this method
+	withName := struct {
+		*plain
+		Handler string `json:"handler"` // of the module, which Caddy has taken out of b
+	}{plain: (*plain)(h)}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	err := d.Decode(&withName)
+	if err == nil {
+		return nil
+	}
+	if place := misplaced(b, reflect.TypeFor[plain](), ""); place != nil {
+		return place
+	}
+	return err
+}
+
+// meantFields has, by name, where options of the Caddyfile are in the JSON.
+var meantFields = map[string]string{
+	"backend": "backends", "servers": "backends", "upstreams": "backends", "upstream": "backends",
+	"lb_policy": "write load_balancing.selection_policy", "policy": "write load_balancing.selection_policy", "selection_policy": "write load_balancing.selection_policy",
+	"lb_retries": "write load_balancing.retries", "retries": "write load_balancing.retries",
+	"lb_try_duration": "write load_balancing.try_duration", "try_duration": "write load_balancing.try_duration",
+	"lb_try_interval": "write load_balancing.try_interval", "try_interval": "write load_balancing.try_interval",
+	"health_interval": "write health_checks.active.interval", "health_fast_interval": "write health_checks.active.fast_interval",
+	"health_timeout": "write health_checks.active.timeout", "health_passes": "write health_checks.active.passes",
+	"health_fails": "write health_checks.active.fails", "health_port": "write health_checks.active.port",
+	"interval": "write health_checks.active.interval",
+	"dial":     "address", "host": "address", "addr": "address", "backup": noBackup,
+	"passive": meantPassive, "uri": meantTCPCheck, "path": meantTCPCheck, "max_requests": noLimit, "tls": noTLS, "proxy_protocol": noProxyHeader,
+}
+
+// misplaced finds the value in the JSON that does not fit the type, and says
+// what is wrong with it; nil if there is none.
+func misplaced(raw json.RawMessage, t reflect.Type, path string) error {
+	raw = bytes.TrimSpace(raw)
+	switch {
+	case string(raw) == "null":
+		return nil
+	case t.Kind() == reflect.Pointer:
+		return misplaced(raw, t.Elem(), path)
+	case t.Kind() == reflect.Struct:
+		return misplacedField(raw, t, path)
+	case t == reflect.TypeFor[[]BackendConfig]():
+		var list []json.RawMessage
+		if json.Unmarshal(raw, &list) != nil {
+			return fmt.Errorf(`%s: want a list such as [{"address":"host:port"}], found %s`, path, short(raw))
+		}
+		for i, each := range list {
+			if err := misplaced(each, t.Elem(), fmt.Sprintf("%s[%d]", path, i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if json.Unmarshal(raw, reflect.New(t).Interface()) == nil {
+		return nil
+	}
+	return fmt.Errorf("%s %s: %s", path, short(raw), wanted(raw, t))
+}
+
+func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
+	var members map[string]json.RawMessage
+	if json.Unmarshal(raw, &members) != nil {
+		switch {
+		case t == reflect.TypeFor[BackendConfig]():
+			return fmt.Errorf(`%s: want an object such as {"address":"host:port"}, found %s`, path, short(raw))
+		case path == "":
+			return nil // not even an object: the decoder says it well
+		}
+		return fmt.Errorf("%s: want an object, found %s", path, short(raw))
+	}
+	fields := make(map[string]reflect.Type)
+	for i := range t.NumField() {
+		if name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ","); name != "" {
+			fields[name] = t.Field(i).Type
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(members)) {
+		at := strings.TrimPrefix(path+"."+name, ".")
+		field, ok := fields[strings.ToLower(name)] // as encoding/json matches them
+		switch {
+		case ok:
+			if err := misplaced(members[name], field, at); err != nil {
+				return err
+			}
+		case path != "" || name != "handler":
+			err := errors.New(unknown("field", name, slices.Sorted(maps.Keys(fields)), meantFields))
+			if path != "" {
+				err = fmt.Errorf("%s: %w", path, err)
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// wanted says what a value of the type looks like.
+func wanted(raw json.RawMessage, t reflect.Type) string {
+	var text string
+	_ = json.Unmarshal(raw, &text)
+	switch {
+	case t == reflect.TypeFor[caddy.Duration]():
+		want := `want a duration such as "10s"`
+		if text != "" {
+			want += durationHint("", text)
+		}
+		return want
+	case t.Kind() == reflect.Bool:
+		return "want true or false"
+	case t.Kind() == reflect.Int && hasPlaceholder(text):
+		return "want a number" + valueHint("", text)
+	case t.Kind() == reflect.Int && text != "":
+		return "want a number, without quotes"
+	case t.Kind() == reflect.Int:
+		return "want a whole number"
+	}
+	return "want a text in quotes"
+}
+
+// short is the JSON on one line, and not all of it if it is long.
+func short(raw json.RawMessage) string {
+	var b bytes.Buffer
+	if json.Compact(&b, raw) != nil {
+		return string(raw)
+	}
+	if b.Len() > 60 {
+		return strings.ToValidUTF8(b.String()[:60], "") + "…"
+	}
+	return b.String()
+}

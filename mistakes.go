@@ -1,0 +1,321 @@
+package tcplb
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+)
+
+// What is wrong in a config is told with what was probably meant.
+
+func init() {
+	// In a site block Caddy would call the name unrecognized, and no more.
+	httpcaddyfile.RegisterDirective("tcp_lb", func(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
+		h.Next()
+		return nil, h.Err(`tcp_lb: not a site's directive: write it in a route of the global option layer4, "{ layer4 { tcp_lb/:8080 { route { tcp_lb <address>... } } } }"`)
+	})
+}
+
+const (
+	meantBackend  = "write backend <address>"
+	meantPolicy   = "write lb_policy <policy>"
+	meantTCPCheck = "checks are TCP connects, see health_interval and health_port"
+	meantPassive  = "a failed connect has the backend checked at once, see health_fails"
+	noBackup      = "there are no backup backends"
+	noLimit       = "there is no limit for a single backend; max_connections is that of all together"
+	noTLS         = "there is no TLS to backends"
+	noProxyHeader = "there is no PROXY protocol to backends"
+	notNeeded     = "leave it out, it is TCP anyway"
+	setsChecks    = "write health_interval <duration>, or health_interval off"
+	setsTimeouts  = "there are dial_timeout, idle_timeout, drain_timeout and health_timeout"
+)
+
+// meantOptions says what to write for names that other balancers, other handlers
+// of Caddy, or this one's JSON have: an option, or a hint.
+var meantOptions = map[string]string{
+	"to": meantBackend, "upstream": meantBackend, "upstreams": meantBackend, "dial": meantBackend, "server": meantBackend, "servers": meantBackend,
+	"backends": meantBackend, "address": meantBackend, "addresses": meantBackend, "host": meantBackend, "target": meantBackend, "targets": meantBackend,
+	"member": meantBackend, "proxy_pass": meantBackend, "proxy": meantBackend, "dynamic": meantBackend,
+	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": noBackup,
+
+	"lb": "lb_policy", "policy": "lb_policy", "balance": "lb_policy", "algorithm": "lb_policy", "lb_algorithm": "lb_policy", "method": "lb_policy",
+	"load_balancing": "lb_policy", "selection_policy": "lb_policy", "strategy": "lb_policy", "scheduler": "lb_policy",
+	"round_robin": meantPolicy, "roundrobin": meantPolicy, "least_conn": meantPolicy, "leastconn": meantPolicy, "random": meantPolicy, "hash": meantPolicy,
+	"ip_hash": meantPolicy, "first": meantPolicy, "source": meantPolicy,
+
+	"retries": "lb_retries", "redispatch": "lb_retries", "proxy_next_upstream_tries": "lb_retries", "max_retries": "lb_retries", "lb_retry": "lb_retries", "retry": "lb_retries",
+	"try_duration": "lb_try_duration", "proxy_next_upstream_timeout": "lb_try_duration", "timeout_queue": "lb_try_duration", "queue_timeout": "lb_try_duration",
+	"try_interval": "lb_try_interval", "retry_interval": "lb_try_interval",
+
+	"interval": "health_interval", "inter": "health_interval", "check_interval": "health_interval",
+	"fast_interval": "health_fast_interval", "fastinter": "health_fast_interval",
+	"check_timeout": "health_timeout", "timeout_check": "health_timeout",
+	"rise": "health_passes", "passes": "health_passes", "fall": "health_fails", "fails": "health_fails",
+	"check_port": "health_port", "port": "health_port",
+	"check": setsChecks, "checks": setsChecks, "health": setsChecks, "health_check": setsChecks, "health_checks": setsChecks, "active": setsChecks,
+	"health_uri": meantTCPCheck, "health_path": meantTCPCheck, "health_status": meantTCPCheck, "health_body": meantTCPCheck, "health_headers": meantTCPCheck,
+	"health_method": meantTCPCheck, "health_upstream": meantTCPCheck, "httpchk": meantTCPCheck,
+	"passive": meantPassive, "max_fails": meantPassive, "fail_duration": meantPassive, "fail_timeout": meantPassive, "unhealthy_status": meantPassive,
+	"unhealthy_latency": meantPassive, "observe": meantPassive,
+
+	"maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections", "max_clients": "max_connections", "limit": "max_connections",
+	"unhealthy_connection_count": noLimit, "unhealthy_request_count": noLimit,
+	"connect_timeout": "dial_timeout", "proxy_connect_timeout": "dial_timeout", "timeout_connect": "dial_timeout",
+	"proxy_timeout": "idle_timeout", "read_timeout": "idle_timeout", "write_timeout": "idle_timeout", "client_timeout": "idle_timeout",
+	"server_timeout": "idle_timeout", "timeout_client": "idle_timeout", "timeout_server": "idle_timeout", "timeout_tunnel": "idle_timeout",
+	"timeout": setsTimeouts, "timeouts": setsTimeouts,
+	"grace_period": "drain_timeout", "shutdown_timeout": "drain_timeout", "hard_stop_after": "drain_timeout", "shutdown_delay": "drain_timeout",
+	"log": "access_log", "logs": "access_log", "logging": "access_log", "logger": "access_log",
+	"pool": "name", "label": "name", "id": "name",
+
+	"tls": noTLS, "ssl": noTLS, "proxy_ssl": noTLS, "transport": noTLS,
+	"proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader, "send_proxy_v2": noProxyHeader,
+	"mode": notNeeded, "option": notNeeded, "protocol": notNeeded, "network": notNeeded,
+}
+
+// meantOfBackend is meantOptions for a backend's block.
+var meantOfBackend = map[string]string{
+	"backup": noBackup, "down": "take the backend out of the config, and reload", "maxconn": noLimit, "max_conn": noLimit, "max_conns": noLimit, "max_connections": noLimit,
+	"max_requests": noLimit, "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
+	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
+	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
+	"health_port": "it holds for all backends: write it outside of this block", "health_interval": "it holds for all backends: write it outside of this block",
+	"health_timeout": "it holds for all backends: write it outside of this block", "dial_timeout": "it holds for all backends: write it outside of this block",
+}
+
+// optionNames are all options of the Caddyfile.
+func optionNames() []string {
+	return append(slices.Sorted(maps.Keys(optionParsers)), "backend")
+}
+
+// unknown describes a name that is not one of those there are. What was meant
+// is an entry of synonyms, or the name most alike.
+func unknown(kind, name string, there []string, synonyms map[string]string) string {
+	hint := ""
+	if meant := synonyms[plainName(name)]; slices.Contains(there, meant) || strings.Contains(meant, " ") {
+		hint = meant
+	} else {
+		hint = closest(name, there)
+	}
+	switch {
+	case hint == "":
+	case strings.Contains(hint, " "):
+		hint = ": " + hint
+	default:
+		hint = ": did you mean " + hint + "?"
+	}
+	verb := "are"
+	if len(there) == 1 {
+		verb = "is"
+	}
+	list := slices.Clone(there)
+	slices.Sort(list)
+	return fmt.Sprintf("unknown %s %q%s (there %s %s)", kind, name, hint, verb, strings.Join(list, ", "))
+}
+
+// plainName is a name as it is spelled here.
+func plainName(name string) string {
+	return strings.ReplaceAll(strings.ToLower(strings.TrimSuffix(name, ":")), "-", "_")
+}
+
+// closest returns the name most alike, or nothing if none is.
+func closest(name string, names []string) string {
+	if name = plainName(name); len(name) > 64 {
+		return ""
+	}
+	best, least := "", 2+len(name)/5
+	for _, n := range names {
+		if d := distance(name, n); d < least {
+			best, least = n, d
+		}
+	}
+	return best
+}
+
+// distance counts the bytes to insert, delete, replace, or swap with their
+// neighbour, that turn a into b.
+func distance(a, b string) int {
+	rows := make([][]int, len(a)+1)
+	for i := range rows {
+		rows[i] = make([]int, len(b)+1)
+		for j := range rows[i] {
+			switch {
+			case i == 0 || j == 0:
+				rows[i][j] = i + j
+				continue
+			case a[i-1] == b[j-1]:
+				rows[i][j] = rows[i-1][j-1]
+			default:
+				rows[i][j] = 1 + min(rows[i-1][j-1], rows[i-1][j], rows[i][j-1])
+			}
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				rows[i][j] = min(rows[i][j], 1+rows[i-2][j-2])
+			}
+		}
+	}
+	return rows[len(a)][len(b)]
+}
+
+const policyNamespace = "layer4.tcp_lb.selection_policies"
+
+var meantPolicies = map[string]string{
+	"rr": "round_robin", "wrr": "round_robin", "static_rr": "round_robin", "weighted": "round_robin", "weighted_round_robin": "round_robin", "default": "round_robin",
+	"leastconn": "least_conn", "least_connections": "least_conn", "lc": "least_conn", "source": "ip_hash", "hash": "ip_hash",
+}
+
+// checkPolicyName refuses a policy that nothing provides.
+func checkPolicyName(name string) error {
+	var there []string
+	for _, m := range caddy.GetModules(policyNamespace) {
+		there = append(there, m.ID.Name())
+	}
+	if slices.Contains(there, name) {
+		return nil
+	}
+	return fmt.Errorf("%s", unknown("policy", name, there, meantPolicies))
+}
+
+// valueHint says what could be meant by a value that is no number or duration;
+// it begins with a separator, or is empty.
+func valueHint(option, value string) string {
+	if hasPlaceholder(value) {
+		variable := "NAME"
+		if inner, ok := strings.CutPrefix(value, "{env."); ok {
+			variable = strings.TrimSuffix(inner, "}")
+		}
+		return fmt.Sprintf("; placeholders are resolved in addresses and names only: write {$%s} in a Caddyfile, which is filled in from the environment when that is read", variable)
+	}
+	switch plainName(value) {
+	case "off", "none", "never", "no", "false", "disabled", "unlimited", "infinite", "inf", "infinity", "forever", "auto", "default":
+		return map[string]string{
+			"idle_timeout": "; 0 means never", "drain_timeout": "; 0 means at once", "lb_retries": "; 0 means none", "lb_try_duration": "; 0 means not to wait",
+			"max_connections": "; leave it out for as many as the limit of open files allows", "health_port": "; leave it out for the backend's own port",
+		}[option]
+	}
+	if strings.ContainsAny(value, "0123456789") && strings.ContainsAny(value, ",_kKmM") {
+		return ", in digits alone"
+	}
+	return ""
+}
+
+// durationHint is valueHint with a guess at the unit.
+func durationHint(option, value string) string {
+	number := strings.TrimRight(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+	if _, err := strconv.ParseFloat(number, 64); err != nil {
+		return valueHint(option, value)
+	}
+	unit := "s"
+	switch strings.ToLower(strings.TrimSpace(value[len(number):])) {
+	case "", "sec", "secs", "second", "seconds", "s":
+	case "millisecond", "milliseconds", "msec", "msecs", "ms":
+		unit = "ms"
+	case "min", "mins", "minute", "minutes", "m":
+		unit = "m"
+	case "hour", "hours", "hr", "hrs", "h":
+		unit = "h"
+	case "day", "days", "d":
+		unit = "d"
+	default:
+		return ""
+	}
+	return fmt.Sprintf(": did you mean %s%s?", number, unit)
+}
+
+// parseBackend parses a backend's address; an error says what could be meant.
+func parseBackend(address string) (target, error) {
+	if strings.HasPrefix(address, "tcp_lb/") {
+		return target{}, fmt.Errorf("is the listener %s meant? Clients connect there, and it stands before the route; a backend is a server, host:port", address)
+	}
+	if port, ok := strings.CutPrefix(address, "tcp_lb:"); ok {
+		return target{}, fmt.Errorf("is the listener tcp_lb/:%s meant? Clients connect there, and it stands before the route; a server whose name is tcp_lb is tcp/%s", port, address)
+	}
+	t, err := parseTarget(address)
+	if err == nil && t.host != "*" {
+		return t, nil
+	}
+	return t, misspelled(address, err)
+}
+
+// misspelled adds to the error of an address what could be meant by it.
+func misspelled(address string, err error) error {
+	name := plainName(address)
+	scheme, rest, isURL := strings.Cut(address, "://")
+	rest = strings.TrimSuffix(rest, "/")
+	path, isUnix := strings.CutPrefix(address, "unix:")
+	host, _, hasPath := strings.Cut(address, "/")
+	_, isNumber := strconv.Atoi(address)
+	switch {
+	case hasPlaceholder(address):
+		return err
+	case name == "weight" || isNumber == nil:
+		return fmt.Errorf("%w; a weight is written in the block { }, on a line of its own: backend <address> <weight>", err)
+	case optionParsers[name] != nil || name == "backend":
+		return fmt.Errorf("%w; if the option %s is meant, it goes into the block { }, on a line of its own", err, name)
+	case meantOptions[name] == meantBackend:
+		return fmt.Errorf("%w; addresses follow tcp_lb or backend without %q", err, address)
+	case isUnix:
+		return fmt.Errorf("want unix//path: did you mean unix//%s?", strings.TrimLeft(path, "/"))
+	case isURL && strings.Contains(rest, ":"):
+		return fmt.Errorf("want host:port, not a URL: did you mean %s?", rest)
+	case isURL:
+		return fmt.Errorf("want host:port, not a URL: did you mean %s:%s?", rest, cmp.Or(schemePorts[scheme], "<port>"))
+	case strings.ContainsAny(address, ",;"):
+		return fmt.Errorf("want host:port: separate addresses by spaces, without %q", address[strings.IndexAny(address, ",;")])
+	case hasPath && strings.Contains(host, ":"):
+		return fmt.Errorf("want host:port, without a path: did you mean %s?", host)
+	case err == nil:
+		return errors.New("want the address of a server, * is where one listens")
+	}
+	return err
+}
+
+var schemePorts = map[string]string{"http": "80", "https": "443", "redis": "6379", "postgres": "5432", "postgresql": "5432", "mysql": "3306", "mqtt": "1883", "amqp": "5672", "ssh": "22"}
+
+// backendLineError is for what follows the address on a backend's line and is
+// no weight.
+func backendLineError(address, found, next string) error {
+	word, value, isPair := strings.Cut(found, "=")
+	if !isPair {
+		value = next
+	}
+	word = plainName(word)
+	_, wrong := parseTarget(address)
+	if _, err := parseTarget(found); err == nil && wrong != nil && !hasPlaceholder(address) {
+		return fmt.Errorf("backends have no names of their own: write backend %s", found)
+	} else if err == nil {
+		return fmt.Errorf("one address a line, found %q as well: write backend %s on the next", found, found)
+	}
+	switch meant := meantOptions[word]; {
+	case word == "weight" && value != "":
+		return fmt.Errorf("the weight follows the address by itself: write backend %s %s", address, value)
+	case word == "weight":
+		return fmt.Errorf("the weight follows the address by itself: write backend %s <weight>", address)
+	case word == "max_connections" || meant == "max_connections":
+		return fmt.Errorf("%s: %s", found, noLimit)
+	case word == "check" || meant == setsChecks:
+		return fmt.Errorf("%s: checks are on unless health_interval is off", found)
+	case strings.Contains(meant, " ") && meant != meantBackend:
+		return fmt.Errorf("%s: %s", found, meant)
+	case meant != "" && meant != meantBackend:
+		return fmt.Errorf("%s: it holds for all backends: write %s on a line of its own", found, meant)
+	case optionParsers[word] != nil:
+		return fmt.Errorf("%s: it holds for all backends: write it on a line of its own", found)
+	}
+	return nil
+}
+
+// twoOfOneName says which name two handlers of different settings have, and
+// what to do.
+func twoOfOneName(h *Handler) string {
+	if h.Name == defaultName {
+		return fmt.Sprintf("two tcp_lb handlers named %q have different settings: a handler without a name has this one; give each a name of its own (the option name), or both the same settings", h.Name)
+	}
+	return fmt.Sprintf("two tcp_lb handlers named %q have different settings: give one another name, or both the same settings", h.Name)
+}
