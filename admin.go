@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -13,7 +15,7 @@ func init() {
 	caddy.RegisterModule(new(adminAPI))
 }
 
-// adminAPI serves GET /tcp_lb/backends on Caddy's admin endpoint.
+// adminAPI serves GET /tcp_lb/backends and /tcp_lb/pools on Caddy's admin endpoint.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -30,25 +32,66 @@ func (*adminAPI) Provision(ctx caddy.Context) error { return registerMetrics(ctx
 
 // Routes implements caddy.AdminRouter.
 func (*adminAPI) Routes() []caddy.AdminRoute {
-	return []caddy.AdminRoute{{Pattern: "/tcp_lb/backends", Handler: caddy.AdminHandlerFunc(serveBackends)}}
+	return []caddy.AdminRoute{
+		{Pattern: "/tcp_lb/backends", Handler: caddy.AdminHandlerFunc(serveBackends)},
+		{Pattern: "/tcp_lb/pools", Handler: caddy.AdminHandlerFunc(servePools)},
+	}
 }
 
 // backendStatus is one backend as the admin API shows it.
 type backendStatus struct {
 	LB               string     `json:"lb"`
 	Address          string     `json:"address"`
-	Weight           int64      `json:"weight"` // 0 = no longer in the config, its connections are being drained
-	Healthy          bool       `json:"healthy"`
+	Weight           int64      `json:"weight"`  // 0 = no longer in the config, its connections are being drained
+	Healthy          bool       `json:"healthy"` // new connections may go to it
+	Health           string     `json:"health"`  // up, down, or unchecked: checks are off or have yet to tell
 	Active           uint64     `json:"active"`
 	ConnectionsTotal uint64     `json:"connections_total"`
 	ErrorsTotal      uint64     `json:"errors_total"`
-	ReceivedBytes    uint64     `json:"received_bytes"` // from clients
-	SentBytes        uint64     `json:"sent_bytes"`     // to clients
-	LastCheck        *time.Time `json:"last_check"`     // null = none yet
-	LastError        string     `json:"last_error"`     // of the last probe or connect; empty once a probe succeeded and while names resolve
+	ReceivedBytes    uint64     `json:"received_bytes"`     // from clients
+	SentBytes        uint64     `json:"sent_bytes"`         // to clients
+	LastCheck        *time.Time `json:"last_check"`         // null = none yet
+	LastError        string     `json:"last_error"`         // of the last probe or connect; empty once a probe succeeded and while names resolve
+	LastConnect      *time.Time `json:"last_connect"`       // for a client; null = none yet
+	LastConnectError string     `json:"last_connect_error"` // empty = it worked
+}
+
+// poolSummary is one pool as the admin API shows it. Its numbers are those since
+// the pool began, of backends that have left the config, too.
+type poolSummary struct {
+	LB               string `json:"lb"`
+	Backends         int    `json:"backends"`  // in the running config
+	Available        int    `json:"available"` // of those
+	Draining         int    `json:"draining"`  // backends that left the config and have yet to end
+	Active           uint64 `json:"active"`
+	ConnectionsTotal uint64 `json:"connections_total"`
+	ErrorsTotal      uint64 `json:"errors_total"` // failed connects
+	RetriesTotal     uint64 `json:"retries_total"`
+	NoBackend        uint64 `json:"no_backend"`      // clients turned away for want of a backend …
+	MaxConnections   uint64 `json:"max_connections"` // … or over the limit
+	ReceivedBytes    uint64 `json:"received_bytes"`  // from clients
+	SentBytes        uint64 `json:"sent_bytes"`      // to clients
 }
 
 func serveBackends(w http.ResponseWriter, r *http.Request) error {
+	list := []backendStatus{}
+	for _, p := range registry.snapshot() {
+		for _, b := range p.backends {
+			list = append(list, b.status(p.name))
+		}
+	}
+	return serveList(w, r, list)
+}
+
+func servePools(w http.ResponseWriter, r *http.Request) error {
+	list := []poolSummary{}
+	for _, p := range registry.snapshot() {
+		list = append(list, p.summary())
+	}
+	return serveList(w, r, list)
+}
+
+func serveList(w http.ResponseWriter, r *http.Request, list any) error {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		return caddy.APIError{
@@ -56,14 +99,48 @@ func serveBackends(w http.ResponseWriter, r *http.Request) error {
 			Err:        fmt.Errorf("method %s is not allowed, want GET", r.Method),
 		}
 	}
-	list := []backendStatus{}
-	for _, p := range registry.snapshot() {
-		for _, b := range p.backends {
-			list = append(list, b.status(p.name))
-		}
-	}
 	w.Header().Set("Content-Type", "application/json")
 	return json.NewEncoder(w).Encode(list)
+}
+
+func (v poolView) summary() poolSummary {
+	t := v.total()
+	s := poolSummary{
+		LB:               v.name,
+		Backends:         len(v.configured),
+		ConnectionsTotal: t.connections,
+		ErrorsTotal:      t.errors,
+		RetriesTotal:     t.retries,
+		NoBackend:        v.noBackend.Load(),
+		MaxConnections:   v.overLimit.Load(),
+		ReceivedBytes:    t.received,
+		SentBytes:        t.sent,
+	}
+	for _, b := range v.configured {
+		if b.Available() {
+			s.Available++
+		}
+	}
+	for _, b := range v.backends {
+		_, active, _ := b.stats.connections()
+		s.Active += active
+		if !slices.Contains(v.configured, b) {
+			s.Draining++
+		}
+	}
+	return s
+}
+
+// health is the verdict in words: whoever has not asked does not know.
+func (b *Backend) health() string {
+	switch {
+	case !b.isChecked():
+		return "unchecked"
+	case b.healthy.Load():
+		return "up"
+	default:
+		return "down"
+	}
 }
 
 func (b *Backend) status(lb string) backendStatus {
@@ -73,22 +150,35 @@ func (b *Backend) status(lb string) backendStatus {
 		Address:          b.address,
 		Weight:           b.weight.Load(),
 		Healthy:          b.healthy.Load(),
+		Health:           b.health(),
 		Active:           active,
 		ConnectionsTotal: opened,
 		ErrorsTotal:      b.stats.dialErrors(),
 		ReceivedBytes:    b.stats.received.Load(),
 		SentBytes:        b.stats.sent.Load(),
 	}
-	if at := b.lastCheck.Load(); at != 0 {
-		t := time.Unix(0, at).UTC()
-		s.LastCheck = &t
-	}
-	if msg := b.lastError.Load(); msg != nil {
-		s.LastError = *msg
-	} else {
+	s.LastCheck, s.LastConnect = momentOf(&b.lastCheck), momentOf(&b.lastConnect)
+	s.LastError, s.LastConnectError = textOf(&b.lastError), textOf(&b.lastConnectError)
+	if s.LastError == "" {
 		s.LastError = b.target.name.troubled()
 	}
 	return s
+}
+
+// momentOf returns the time in Unix nanoseconds; nil for 0.
+func momentOf(at *atomic.Int64) *time.Time {
+	n := at.Load()
+	if n == 0 {
+		return nil
+	}
+	return new(time.Unix(0, n).UTC())
+}
+
+func textOf(p *atomic.Pointer[string]) string {
+	if text := p.Load(); text != nil {
+		return *text
+	}
+	return ""
 }
 
 // Interface guards

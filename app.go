@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -36,6 +38,7 @@ type App struct {
 	waiting     *waitingList    // the config's connections on their way to a handler
 	events      *caddyevents.App
 	generations map[string]*generation // by pool name
+	asked       []string               // pools that health handlers name
 }
 
 // CaddyModule returns the Caddy module information.
@@ -74,8 +77,8 @@ func (s *starter) Handle(_ context.Context, e caddy.Event) error {
 	if e.Origin() != nil {
 		return nil // some module's event of the same name, not Caddy's own
 	}
-	for _, g := range s.app.generations {
-		g.start()
+	for _, name := range s.app.poolNames() {
+		s.app.generations[name].begin()
 	}
 	adviseOfListeners(s.app.servers, s.app.ctx.Logger())
 	return nil
@@ -117,15 +120,23 @@ func (a *App) meetServers(ctx caddy.Context) error {
 	return nil
 }
 
-// Start checks what is known only when all apps are provisioned. For the rest
-// see starter.
+// Start refuses what is known to be wrong only when all apps are provisioned. For
+// the rest see starter.
 func (a *App) Start() error {
+	for _, name := range a.asked {
+		if a.generations[name] == nil {
+			return fmt.Errorf("tcp_lb_health: %s", unknown("pool", name, a.poolNames(), nil))
+		}
+	}
 	app, err := a.ctx.AppIfConfigured("http")
 	if err != nil {
 		return nil // there is none
 	}
 	return checkHTTPServers(a.servers, app.(*caddyhttp.App))
 }
+
+// poolNames returns the names of the config's pools, sorted.
+func (a *App) poolNames() []string { return slices.Sorted(maps.Keys(a.generations)) }
 
 // Stop takes the config's pools out of work. Connections go on if their backend
 // is in the next config, and for drain_timeout if not.

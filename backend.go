@@ -23,6 +23,9 @@ type Backend struct {
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
 	lastError atomic.Pointer[string]
 
+	lastConnect      atomic.Int64           // Unix nanoseconds of the last connect for a client; 0 = none yet
+	lastConnectError atomic.Pointer[string] // nil = it worked
+
 	stats   stats
 	settled totals // what of stats is in some pool's gone; guarded by the registry
 
@@ -205,6 +208,17 @@ func (b *Backend) cut() {
 	for _, s := range open {
 		s.end(reasonDrainTimeout)
 	}
+}
+
+// setConnect notes how a connect for a client ended.
+func (b *Backend) setConnect(at time.Time, err error) {
+	b.lastConnect.Store(at.UnixNano())
+	if err == nil {
+		b.lastConnectError.Store(nil)
+		return
+	}
+	msg := err.Error()
+	b.lastConnectError.Store(&msg)
 }
 
 func (b *Backend) setError(err error) {

@@ -298,7 +298,8 @@ func TestCaddyfileHealthDirectiveRefuses(t *testing.T) {
 		line            int
 		want            []string
 	}{
-		{"argument", "tcp_lb_health /health web", 2, []string{"tcp_lb_health", `"web"`}},
+		{"pool twice", "tcp_lb_health /health web db web", 2, []string{"tcp_lb_health", `"web"`, "twice"}},
+		{"pool without a name", `tcp_lb_health /health ""`, 2, []string{"tcp_lb_health", "names of pools"}},
 		{"block", "tcp_lb_health /health {\n\t\tinside\n\t}", 3, []string{"tcp_lb_health", "block", `"inside"`}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

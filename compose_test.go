@@ -172,8 +172,10 @@ func TestStack(t *testing.T) {
 	require.NoError(t, c.CloseWrite())
 	expect(t, c, "test data\n")
 	expectEOF(t, c)
-	status, _ := request(t, "GET", "http://"+metrics+"/health", "")
-	require.Equal(t, 200, status)
+	eventually(t, func() bool {
+		status, _ := request(t, "GET", "http://"+metrics+"/health", "")
+		return status == 200
+	}, "all are checked")
 	_, body := request(t, "GET", "http://"+metrics+"/metrics", "")
 	require.Contains(t, body, `tcp_lb_connections_total{backend=`)
 }

@@ -149,6 +149,7 @@ func (g *generation) dialBackend(b *Backend) (net.Conn, time.Duration, error) {
 	began := time.Now()
 	conn, err := g.dial(context.Background(), b.target, g.dialTimeout)
 	took := time.Since(began)
+	b.setConnect(began.Add(took), err)
 	if err == nil {
 		b.stats.dialTime.observe(took)
 		return conn, took, nil

@@ -242,7 +242,7 @@ func TestFaultAllDownThenUp(t *testing.T) {
 	for _, s := range all {
 		s.kill()
 	}
-	eventually(t, func() bool { status, ok := currentHealth(); return !ok && status.Status == "unavailable" }, "unavailable")
+	eventually(t, func() bool { return registry.newest("tcp_lb").health().Available == 0 }, "unavailable")
 	for range 5 {
 		got, err := ask(lb)
 		require.NoError(t, err)
@@ -252,7 +252,7 @@ func TestFaultAllDownThenUp(t *testing.T) {
 	for _, s := range all {
 		s.start()
 	}
-	eventually(t, func() bool { status, _ := currentHealth(); return status.Status == "ok" }, "all are up")
+	eventually(t, func() bool { return registry.newest("tcp_lb").health().Available == len(all) }, "all are up")
 	var names []string
 	for range 2 * len(all) {
 		name, err := ask(lb)

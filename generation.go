@@ -20,6 +20,7 @@ type generation struct {
 	fingerprint  string // the settings in full, to tell two handlers of one name apart
 	config       []member
 	policy       SelectionPolicy
+	policyName   string
 	retries      int
 	tryDuration  time.Duration
 	tryInterval  time.Duration
@@ -35,6 +36,10 @@ type generation struct {
 	logger *zap.Logger
 	access *zap.Logger
 	dial   dialFunc
+
+	// standing is whether the pool had an available backend when g took over:
+	// until g's own are checked, that holds for them.
+	standing bool
 
 	startOnce, stopOnce sync.Once
 	started             chan struct{} // closed by start

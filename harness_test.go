@@ -46,6 +46,14 @@ func runCaddy(t testing.TB, config string) {
 	t.Cleanup(func() { require.NoError(t, caddy.Stop()) })
 }
 
+// loadOnce loads the config and stops it again, if it could be loaded.
+func loadOnce(config string) error {
+	if err := caddy.Load([]byte(config), true); err != nil {
+		return err
+	}
+	return caddy.Stop()
+}
+
 // reload replaces the config that runCaddy loaded.
 func reload(t testing.TB, config string) {
 	t.Helper()
@@ -234,6 +242,36 @@ func ask(address string) (string, error) {
 	_ = c.SetDeadline(time.Now().Add(hangTimeout))
 	b, err := io.ReadAll(c)
 	return string(b), err
+}
+
+// echoed connects, sends n bytes, gets them back, and ends the connection.
+func echoed(t testing.TB, lb string, n int) {
+	t.Helper()
+	c := dialClient(t, lb)
+	defer c.Close()
+	write(t, c, strings.Repeat("x", n))
+	require.NoError(t, c.CloseWrite())
+	b, err := io.ReadAll(c)
+	require.NoError(t, err)
+	require.Len(t, b, n)
+}
+
+// hold opens a connection that lasts.
+func hold(t testing.TB, lb string) *net.TCPConn {
+	t.Helper()
+	c := dialClient(t, lb)
+	write(t, c, "x")
+	expect(t, c, "x")
+	return c
+}
+
+// refused connects and is turned away.
+func refused(t testing.TB, lb string) {
+	t.Helper()
+	c := dialClient(t, lb)
+	defer c.Close()
+	_, err := c.Read(make([]byte, 1))
+	require.Error(t, err)
 }
 
 // eventually waits for cond, as long as a hang would take to notice.

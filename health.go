@@ -2,7 +2,9 @@ package tcplb
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
+	"slices"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -11,27 +13,56 @@ import (
 )
 
 func init() {
-	caddy.RegisterModule(HealthHandler{})
+	caddy.RegisterModule(new(HealthHandler))
 	httpcaddyfile.RegisterHandlerDirective("tcp_lb_health", parseHealthHandler)
 	httpcaddyfile.RegisterDirectiveOrder("tcp_lb_health", httpcaddyfile.Before, "respond")
 }
 
 // HealthHandler is an HTTP handler that tells a load balancer or an orchestrator
-// in front whether this one can serve: 200 while every pool of the config has an
-// available backend, 503 otherwise. The body is
+// in front whether this one can serve: 200 while every pool of the config, or
+// every one that is named, has an available backend, 503 otherwise. The body is
 //
 //	{"status":"ok","pools":[{"name":"web","available":2,"total":3}]}
 //
 // where status is "ok" if all backends are available, "degraded" if some are not,
 // and "unavailable" with a 503.
-type HealthHandler struct{}
+//
+// A backend is available once a check has found it up, or at once where checks
+// are off. What one config has found out holds for the next.
+type HealthHandler struct {
+	// Pools are the names of those that count. Default: all of the config.
+	Pools []string `json:"pools,omitempty"`
+
+	app *App
+}
 
 // CaddyModule returns the Caddy module information.
-func (HealthHandler) CaddyModule() caddy.ModuleInfo {
+func (*HealthHandler) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
 		ID:  "http.handlers.tcp_lb_health",
 		New: func() caddy.Module { return new(HealthHandler) },
 	}
+}
+
+// Provision resolves placeholders. Whether there are pools of those names shows
+// when all apps of the config are provisioned: see App.Start.
+func (h *HealthHandler) Provision(ctx caddy.Context) error {
+	app, err := ctx.App("tcp_lb")
+	if err != nil {
+		return err
+	}
+	h.app = app.(*App)
+	repl := caddy.NewReplacer()
+	for i, name := range h.Pools {
+		if h.Pools[i], err = repl.ReplaceOrErr(name, true, true); err != nil {
+			return fmt.Errorf("tcp_lb_health: pool %q: %w", name, err)
+		}
+		if slices.Contains(h.Pools[:i], h.Pools[i]) {
+			return fmt.Errorf("tcp_lb_health: pool %q is listed twice", h.Pools[i])
+		}
+	}
+	h.app.asked = append(h.app.asked, h.Pools...)
+	return nil
 }
 
 type healthStatus struct {
@@ -45,20 +76,18 @@ type poolStatus struct {
 	Total     int    `json:"total"`
 }
 
-// currentHealth returns the health of all pools of the running config, and
-// whether each has a backend.
-func currentHealth() (status healthStatus, ok bool) {
+// health returns the health of the pools, of all if none is named, and whether
+// each has a backend.
+func (a *App) health(names []string) (status healthStatus, ok bool) {
 	status, ok = healthStatus{Status: "ok", Pools: []poolStatus{}}, true
+	if len(names) == 0 {
+		names = a.poolNames()
+	}
 	degraded := false
-	for _, p := range registry.snapshot() {
-		if len(p.configured) == 0 {
-			continue // only its last connections are left
-		}
-		s := poolStatus{Name: p.name, Total: len(p.configured)}
-		for _, b := range p.configured {
-			if b.Available() {
-				s.Available++
-			}
+	for _, name := range names {
+		s := poolStatus{Name: name}
+		if g := a.generations[name]; g != nil { // else the config is about to be refused, see Start
+			s = g.health()
 		}
 		ok = ok && s.Available > 0
 		degraded = degraded || s.Available < s.Total
@@ -73,9 +102,31 @@ func currentHealth() (status healthStatus, ok bool) {
 	return status, ok
 }
 
+// health returns how many backends can serve. Around a reload, when another
+// config's generation has the pool, that is what it says; while none has it,
+// and once the process exits, none can.
+func (g *generation) health() poolStatus {
+	s := poolStatus{Name: g.name, Total: len(g.config)}
+	serving := g
+	if !isClosed(g.started) || isClosed(g.stopped) {
+		serving = registry.newest(g.name)
+	}
+	if serving == nil || caddy.Exiting() {
+		return s
+	}
+	s.Total = len(serving.members)
+	for _, m := range serving.members {
+		known := m.Backend.isChecked() || serving.standing || !serving.checks.enabled
+		if known && m.Backend.Available() {
+			s.Available++
+		}
+	}
+	return s
+}
+
 // ServeHTTP implements caddyhttp.MiddlewareHandler; it ends the chain.
-func (HealthHandler) ServeHTTP(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
-	status, ok := currentHealth()
+func (h *HealthHandler) ServeHTTP(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+	status, ok := h.app.health(h.Pools)
 	body, err := json.Marshal(status)
 	if err != nil {
 		return err
@@ -94,16 +145,25 @@ func parseHealthHandler(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, er
 	return &handler, handler.UnmarshalCaddyfile(h.Dispenser)
 }
 
-// UnmarshalCaddyfile reads the directive; it has no options:
+// UnmarshalCaddyfile reads the directive:
 //
-//	tcp_lb_health [<matcher>]
-func (HealthHandler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+//	tcp_lb_health [<matcher>] [<pool>...]
+//
+// As everywhere in Caddy a first argument that begins with /, * or @ is the
+// matcher.
+func (h *HealthHandler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // directive name
-	if d.NextArg() {
-		return d.Errf("tcp_lb_health: takes no arguments, found %q", d.Val())
+	for d.NextArg() {
+		if d.Val() == "" {
+			return d.Errf("tcp_lb_health: want names of pools, found an empty one")
+		}
+		if slices.Contains(h.Pools, d.Val()) {
+			return d.Errf("tcp_lb_health: pool %q is listed twice", d.Val())
+		}
+		h.Pools = append(h.Pools, d.Val())
 	}
 	if d.NextBlock(d.Nesting()) {
-		return d.Errf("tcp_lb_health: takes no block, found %q", d.Val())
+		return d.Errf("tcp_lb_health: takes no block, found %q: names of pools stand on the line", d.Val())
 	}
 	return nil
 }
@@ -112,4 +172,5 @@ func (HealthHandler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 var (
 	_ caddyhttp.MiddlewareHandler = (*HealthHandler)(nil)
 	_ caddyfile.Unmarshaler       = (*HealthHandler)(nil)
+	_ caddy.Provisioner           = (*HealthHandler)(nil)
 )

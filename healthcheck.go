@@ -79,6 +79,7 @@ type checker struct {
 	cancel   context.CancelFunc         // nil once stopped; guarded by the registry's mutex
 	done     chan struct{}
 	after    <-chan struct{} // the end of the backend's previous checker; nil = none
+	judged   atomic.Bool     // a probe has told
 
 	// The loop's own:
 	verdict   verdict
@@ -128,6 +129,13 @@ func (b *Backend) stopCheckingLocked() {
 		c.cancel()
 		c.cancel = nil
 	}
+}
+
+// isChecked reports whether healthy is what a probe found out. It is not while
+// checks are off or have yet to tell.
+func (b *Backend) isChecked() bool {
+	c := b.checking.Load()
+	return c != nil && c.judged.Load()
 }
 
 // checkSoon has the backend probed at once, after a connect to it failed.
@@ -290,6 +298,7 @@ func (c *checker) connect(ctx context.Context) error {
 // judge counts a result, and on a transition tells everyone.
 func (c *checker) judge(err error, took time.Duration) {
 	b, g := c.backend, c.settings.Load()
+	defer c.judged.Store(true) // when the verdict holds
 	b.stats.checkTime.observe(took)
 	if err == nil {
 		b.stats.checksPassed.Add(1)

@@ -16,6 +16,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 
 var (
 	descHealthy          = describe("backend_healthy", "Whether the backend's health checks say it is up (1) or down (0).")
+	descChecked          = describe("backend_checked", "Whether health checks say that (1), or the backend is taken to be up without (0), since they are off or have yet to tell.")
 	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 once it left the config and is being drained.")
 	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
 	descCheckDuration    = describe("health_check_duration_seconds", "Time that health checks took.")
@@ -35,7 +36,7 @@ var (
 	descFiles            = prometheus.NewDesc("tcp_lb_open_files", "Files that the connections of all pools use.", nil, nil)
 	descFileLimit        = prometheus.NewDesc("tcp_lb_max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.", nil, nil)
 	descTurnedAway       = prometheus.NewDesc("tcp_lb_listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.", []string{"listener", "reason"}, nil)
-	allDescriptions      = []*prometheus.Desc{descHealthy, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit, descTurnedAway}
+	allDescriptions      = []*prometheus.Desc{descHealthy, descChecked, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit, descTurnedAway}
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError}
 )
 
@@ -81,22 +82,15 @@ type emitter struct {
 func (m *emitter) pool(p *pool) {
 	m.out <- prometheus.MustNewConstMetric(descPoolConnections, prometheus.GaugeValue, float64(p.active.Load()), m.lb)
 	if g := p.newest.Load(); g != nil {
-		limit := files.connections()
-		if g.limit > 0 {
-			limit = min(limit, g.limit)
-		}
-		m.out <- prometheus.MustNewConstMetric(descPoolLimit, prometheus.GaugeValue, float64(limit), m.lb)
+		m.out <- prometheus.MustNewConstMetric(descPoolLimit, prometheus.GaugeValue, float64(g.connections()), m.lb)
 	}
 }
 
 func (m *emitter) collect(b *Backend) {
 	s := &b.stats
 	opened, active, closed := s.connections()
-	healthy := 0.0
-	if b.healthy.Load() {
-		healthy = 1
-	}
-	m.gauge(descHealthy, healthy)
+	m.gauge(descHealthy, oneIf(b.healthy.Load()))
+	m.gauge(descChecked, oneIf(b.isChecked()))
 	m.gauge(descWeight, float64(b.weight.Load()))
 	m.counter(descChecks, s.checksPassed.Load(), "success")
 	m.counter(descChecks, s.checksFailed.Load(), "failure")
@@ -117,6 +111,13 @@ func (m *emitter) collect(b *Backend) {
 	m.counter(descRetries, s.retries.Load())
 	m.counter(descReceived, s.received.Load())
 	m.counter(descSent, s.sent.Load())
+}
+
+func oneIf(set bool) float64 {
+	if set {
+		return 1
+	}
+	return 0
 }
 
 func (m *emitter) counter(d *prometheus.Desc, n uint64, labels ...string) {

@@ -112,7 +112,10 @@ func unknown(kind, name string, there []string, synonyms map[string]string) stri
 		hint = ": did you mean " + hint + "?"
 	}
 	verb := "are"
-	if len(there) == 1 {
+	switch len(there) {
+	case 0:
+		return fmt.Sprintf("unknown %s %q%s (there is none)", kind, name, hint)
+	case 1:
 		verb = "is"
 	}
 	list := slices.Clone(there)

@@ -4,8 +4,6 @@ package tcplb
 
 import (
 	"fmt"
-	"io"
-	"net"
 	"net/url"
 	"regexp"
 	"runtime"
@@ -60,36 +58,6 @@ func newStage(t *testing.T) *stage {
 	// Counters that are seen at 0 first: else an increase misses their beginning.
 	require.Zero(t, s.prometheus.sum("tcp_lb_connections_total"))
 	return s
-}
-
-// echoed connects, sends n bytes, gets them back, and ends the connection.
-func echoed(t testing.TB, lb string, n int) {
-	t.Helper()
-	c := dialClient(t, lb)
-	defer c.Close()
-	write(t, c, strings.Repeat("x", n))
-	require.NoError(t, c.CloseWrite())
-	b, err := io.ReadAll(c)
-	require.NoError(t, err)
-	require.Len(t, b, n)
-}
-
-// hold opens a connection that lasts.
-func hold(t testing.TB, lb string) *net.TCPConn {
-	t.Helper()
-	c := dialClient(t, lb)
-	write(t, c, "x")
-	expect(t, c, "x")
-	return c
-}
-
-// refused connects and is turned away.
-func refused(t testing.TB, lb string) {
-	t.Helper()
-	c := dialClient(t, lb)
-	defer c.Close()
-	_, err := c.Read(make([]byte, 1))
-	require.Error(t, err)
 }
 
 // panel returns what a panel's query of a dashboard shows for the pool.

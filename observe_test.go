@@ -133,7 +133,9 @@ func TestHealthEndpoint(t *testing.T) {
 		status, body := request(t, http.MethodGet, url, "")
 		return status == wantStatus && strings.TrimSpace(body) == wantBody
 	}
-	require.True(t, is(200, `{"status":"ok","pools":[{"name":"web","available":2,"total":2}]}`))
+	eventually(t, func() bool {
+		return is(200, `{"status":"ok","pools":[{"name":"web","available":2,"total":2}]}`)
+	}, "both checked")
 	a.kill()
 	eventually(t, func() bool {
 		return is(200, `{"status":"degraded","pools":[{"name":"web","available":1,"total":2}]}`)

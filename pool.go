@@ -36,19 +36,19 @@ type pool struct {
 
 // totals sum up what a pool did.
 type totals struct {
-	connections, cut, received, sent uint64
+	connections, cut, received, sent, errors, retries uint64
 }
 
 func (t totals) plus(o totals) totals {
-	return totals{t.connections + o.connections, t.cut + o.cut, t.received + o.received, t.sent + o.sent}
+	return totals{t.connections + o.connections, t.cut + o.cut, t.received + o.received, t.sent + o.sent, t.errors + o.errors, t.retries + o.retries}
 }
 
 func (t totals) minus(o totals) totals {
-	return totals{t.connections - o.connections, t.cut - o.cut, t.received - o.received, t.sent - o.sent}
+	return totals{t.connections - o.connections, t.cut - o.cut, t.received - o.received, t.sent - o.sent, t.errors - o.errors, t.retries - o.retries}
 }
 
 func (s *stats) totals() totals {
-	return totals{s.opened.Load(), s.closed[reasonDrainTimeout].Load(), s.received.Load(), s.sent.Load()}
+	return totals{s.opened.Load(), s.closed[reasonDrainTimeout].Load(), s.received.Load(), s.sent.Load(), s.dialErrors(), s.retries.Load()}
 }
 
 // registry holds the pools of every running config and of the connections that

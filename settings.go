@@ -202,6 +202,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		name:        h.Name,
 		fingerprint: fingerprint,
 		policy:      selection,
+		policyName:  name,
 		retries:     *h.LoadBalancing.Retries,
 		tryDuration: time.Duration(h.LoadBalancing.TryDuration),
 		tryInterval: time.Duration(h.LoadBalancing.TryInterval),

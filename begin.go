@@ -1,0 +1,66 @@
+package tcplb
+
+import (
+	"fmt"
+
+	"go.uber.org/zap"
+)
+
+// begin starts the generation as its config starts, and says so unless the
+// config before had the same pool.
+func (g *generation) begin() {
+	prev := registry.newest(g.name)
+	g.standing = prev != nil && prev.health().Available > 0
+	g.start()
+	switch {
+	case !isClosed(g.started):
+	case prev == nil:
+		g.logPool("pool started")
+	case prev.fingerprint != g.fingerprint:
+		g.logPool("pool changed")
+	}
+}
+
+// addressesInLog is how many addresses a line has at most.
+const addressesInLog = 3
+
+func (g *generation) logPool(message string) {
+	addresses := make([]string, 0, addressesInLog+1)
+	for i, m := range g.config {
+		if i == addressesInLog {
+			addresses = append(addresses, fmt.Sprintf("and %d more", len(g.config)-i))
+			break
+		}
+		addresses = append(addresses, m.target.String())
+	}
+	g.logger.Info(message,
+		zap.String("lb", g.name),
+		zap.Int("backends", len(g.config)),
+		zap.Strings("addresses", addresses),
+		zap.String("policy", g.policyName),
+		zap.Stringer("checks", g.checks),
+		zap.Int64("max_connections", g.connections()),
+		zap.Duration("dial_timeout", g.dialTimeout),
+		zap.Duration("idle_timeout", g.idleTimeout),
+		zap.Duration("drain_timeout", g.drainTimeout))
+}
+
+// connections returns how many connections the generation serves at most.
+func (g *generation) connections() int64 {
+	if g.limit > 0 {
+		return min(g.limit, files.connections())
+	}
+	return files.connections()
+}
+
+// String says it as an operator would.
+func (c checkSettings) String() string {
+	switch {
+	case !c.enabled:
+		return "off"
+	case c.port != 0:
+		return fmt.Sprintf("tcp to port %d every %s", c.port, c.interval)
+	default:
+		return fmt.Sprintf("tcp every %s", c.interval)
+	}
+}

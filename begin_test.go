@@ -1,0 +1,67 @@
+package tcplb
+
+import (
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// A pool tells of itself when it starts and when it changes, and not again when
+// a reload leaves it as it is.
+func TestPoolTellsOfItself(t *testing.T) {
+	f := newFakeNet()
+	begin := func(change func(*Handler)) (*generation, []observer.LoggedEntry) {
+		g, logs := testGeneration(t, f, func(h *Handler) {
+			h.Backends = backendList(one, two, three, "10.0.0.4:80", "10.0.0.5:80")
+			h.MaxConnections = 100
+			change(h)
+		})
+		g.begin()
+		var lines []observer.LoggedEntry
+		for _, l := range logs.All() {
+			if l.Message == "pool started" || l.Message == "pool changed" {
+				lines = append(lines, l)
+			}
+		}
+		return g, lines
+	}
+	first, lines := begin(func(*Handler) {})
+	require.Len(t, lines, 1)
+	require.Equal(t, "pool started", lines[0].Message)
+	require.Equal(t, "info", lines[0].Level.String())
+	require.Equal(t, map[string]any{
+		"lb": t.Name(), "backends": int64(5), "addresses": []any{one, two, three, "and 2 more"}, "policy": "round_robin",
+		"checks": "tcp every 10s", "max_connections": int64(100),
+		"dial_timeout": 3 * time.Second, "idle_timeout": time.Hour, "drain_timeout": 30 * time.Second,
+	}, lines[0].ContextMap())
+
+	second, lines := begin(func(*Handler) {})
+	first.stop()
+	require.Empty(t, lines, "nothing has changed")
+	third, lines := begin(func(h *Handler) {
+		h.Backends = backendList(one)
+		h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Disabled: true}}
+	})
+	second.stop()
+	require.Len(t, lines, 1)
+	require.Equal(t, "pool changed", lines[0].Message)
+	require.Equal(t, "off", lines[0].ContextMap()["checks"])
+	third.stop()
+	fourth, lines := begin(func(h *Handler) {
+		h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Port: 81, Interval: caddy.Duration(time.Minute)}}
+	})
+	require.Len(t, lines, 1)
+	require.Equal(t, "pool started", lines[0].Message, "anew")
+	require.Equal(t, "tcp to port 81 every 1m0s", lines[0].ContextMap()["checks"])
+	fourth.stop()
+	_, lines = begin(func(*Handler) {})
+	require.Len(t, lines, 1)
+
+	stopped, logs := testGeneration(t, f, func(h *Handler) { h.Name, h.Backends = "never", backendList(one) })
+	stopped.stop()
+	stopped.begin()
+	require.Empty(t, logs.All())
+}
