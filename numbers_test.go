@@ -207,7 +207,7 @@ func (s *stage) provoke() {
 	t, p := s.t, s.prometheus
 	t.Helper()
 	s.shaky.kill()
-	for range 5 {
+	for range 15 { // fewer than ten would be too few for a ratio
 		refused(t, s.dead)
 	}
 	for range 20 {
@@ -227,12 +227,17 @@ func (s *stage) provoke() {
 	s.counted("web", 421, 1)
 	s.counted("retry", 20, 0)
 	s.counted("small", 2, 2)
-	p.eventually(func() bool { return p.sum(`tcp_lb_connection_errors_total{backend=""}`) == 8 }, "8 were turned away")
-	require.Equal(t, 8.0, s.panel(connections+"Turned away since start/A", ".*").one(t))
-	require.Equal(t, 5.0, s.panel(connections+"Turned away since start/A", "dead").one(t))
+	p.eventually(func() bool { return p.sum(`tcp_lb_connection_errors_total{backend=""}`) == 18 }, "18 were turned away")
+	require.Equal(t, 18.0, s.panel(connections+"Turned away since start/A", ".*").one(t))
+	require.Equal(t, 15.0, s.panel(connections+"Turned away since start/A", "dead").one(t))
 	require.Equal(t, 1.0, s.panel(overview+"Error ratio/A", "dead").one(t))
 	require.Equal(t, 1.0, s.panel(overview+"Pools down/A", ".*").one(t))
 	require.Zero(t, s.panel(overview+"Pools/A", "dead").one(t), "none up")
+	require.Equal(t, 3.0, s.panel(overview+"Pools/A", "retry").one(t), "unchecked")
+	require.Equal(t, 2.0, s.panel(backends+"Health/A", "retry").one(t, "backend", s.good.address), "unchecked")
+	require.Equal(t, 2.0, s.panel(backends+"Backends/A", "retry").one(t, "backend", s.good.address), "unchecked")
+	require.Equal(t, 1.0, s.panel(backends+"Backends/A", "small").one(t, "backend", s.good.address), "up")
+	require.Zero(t, s.panel(backends+"Backends/A", "dead").one(t), "down")
 	require.Equal(t, 1.0, s.panel(overview+"Open connections/A", "web").one(t))
 	require.Equal(t, 1.0, s.panel(overview+"Limit used/A", "small").one(t), "2 of 2")
 	retries := metric(t, "retries_total", labels("lb", "retry"))

@@ -53,7 +53,7 @@ func TestPromtool(t *testing.T) {
 
 // alertRule is a rule of prometheus/tcp_lb.rules.yml.
 type alertRule struct {
-	Alert, Expr         string
+	Alert, Expr, For    string
 	Labels, Annotations map[string]string
 }
 
@@ -78,6 +78,27 @@ func TestAlertsHaveRunbookAndTest(t *testing.T) {
 		require.Contains(t, readme, "| `"+r.Alert+"` |", "a runbook line")
 		require.Contains(t, test, "alertname: "+r.Alert+"\n        exp_alerts:\n", "%s fires in the test", r.Alert)
 		require.Contains(t, test, "alertname: "+r.Alert+"\n        exp_alerts: []", "%s doesn't always", r.Alert)
+	}
+}
+
+// An ordinary restart of the stack's balancer, whose metrics are gone while its
+// connections drain, is no alarm.
+func TestRestartIsNoAlarm(t *testing.T) {
+	var config struct {
+		Global struct {
+			Interval string `yaml:"scrape_interval"`
+		}
+	}
+	decodeYAML(t, "prometheus.yml", &config)
+	interval, err := time.ParseDuration(config.Global.Interval)
+	require.NoError(t, err)
+	const start = 10 * time.Second // a container's
+	for _, r := range alertRules(t) {
+		if r.Alert == "TcpLbBalancerDown" {
+			wait, err := time.ParseDuration(r.For)
+			require.NoError(t, err)
+			require.Greater(t, wait, time.Duration(*stackHandler(t).DrainTimeout)+exitMargin+start+2*interval)
+		}
 	}
 }
 
