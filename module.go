@@ -41,7 +41,7 @@ type Handler struct {
 	// DrainTimeout is how long open connections may go on when the process exits
 	// or their backend has left the config. Default: 30s; 0 = they are cut at once.
 	DrainTimeout *caddy.Duration `json:"drain_timeout,omitempty"`
-	// AccessLog writes one INFO line for each finished connection.
+	// AccessLog writes one line for each finished connection.
 	AccessLog bool `json:"access_log,omitempty"`
 
 	generation *generation
