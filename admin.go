@@ -111,8 +111,8 @@ func (v poolView) summary() poolSummary {
 		ConnectionsTotal: t.connections,
 		ErrorsTotal:      t.errors,
 		RetriesTotal:     t.retries,
-		NoBackend:        v.noBackend.Load(),
-		MaxConnections:   v.overLimit.Load(),
+		NoBackend:        v.closed[reasonNoBackend].Load(),
+		MaxConnections:   v.closed[reasonMaxConnections].Load(),
 		ReceivedBytes:    t.received,
 		SentBytes:        t.sent,
 	}

@@ -36,6 +36,7 @@ type Backend struct {
 	sessions map[*session]struct{}
 	drain    *time.Timer // runs once no config names it
 	cutAt    bool        // the drain timeout is over: later sessions end at once
+	drained  drained
 
 	checker  *checker                // the running one, or the last; guarded by the registry's mutex
 	checking atomic.Pointer[checker] // the running one: see checkSoon and probeWanted
@@ -160,7 +161,7 @@ func (b *Backend) enter(s *session) bool {
 	defer b.mu.Unlock()
 	b.sessions[s] = struct{}{}
 	if b.users == 0 && b.drain == nil { // adopted
-		b.drain = time.AfterFunc(s.generation.drainTimeout, b.cut)
+		b.drainLocked(s.drainTimeout)
 	}
 	return !b.cutAt
 }
@@ -174,22 +175,41 @@ func (b *Backend) leave(s *session, why reason, duration time.Duration) {
 	b.stats.closed[why].Add(1)
 }
 
-// startDraining gives the open sessions d to end by themselves.
-func (b *Backend) startDraining(d time.Duration) {
+// drained is what became of a backend's connections since it left the config.
+type drained struct {
+	open int // when that was
+	cut  int
+}
+
+// startDraining gives the open sessions d to end by themselves, and returns how
+// many there are.
+func (b *Backend) startDraining(d time.Duration) (open int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.drain == nil {
-		b.drain = time.AfterFunc(d, b.cut)
+		b.drained = drained{open: len(b.sessions)}
+		b.drainLocked(d)
 	}
+	return b.drained.open
 }
 
-func (b *Backend) stopDraining() {
+func (b *Backend) drainLocked(d time.Duration) {
+	if b.holds > 0 {
+		drainsBy(time.Now().Add(d))
+	}
+	b.drain = time.AfterFunc(d, b.cut)
+}
+
+// stopDraining returns how many sessions were being drained.
+func (b *Backend) stopDraining() (open int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.drain != nil {
 		b.drain.Stop()
+		open = len(b.sessions)
 	}
-	b.drain, b.cutAt = nil, false
+	b.drain, b.cutAt, b.drained = nil, false, drained{}
+	return open
 }
 
 // cut ends what is still open when the drain timeout is over.
@@ -204,6 +224,7 @@ func (b *Backend) cut() {
 	for s := range b.sessions {
 		open = append(open, s)
 	}
+	b.drained.cut += len(open)
 	b.mu.Unlock()
 	for _, s := range open {
 		s.end(reasonDrainTimeout)
@@ -217,11 +238,11 @@ func (b *Backend) setConnect(at time.Time, err error) {
 		b.lastConnectError.Store(nil)
 		return
 	}
-	msg := err.Error()
+	msg := oneLine(err)
 	b.lastConnectError.Store(&msg)
 }
 
 func (b *Backend) setError(err error) {
-	msg := err.Error()
+	msg := oneLine(err)
 	b.lastError.Store(&msg)
 }

@@ -24,7 +24,7 @@ func TestClientsHaveADownBackendProbed(t *testing.T) {
 		wait := func(d time.Duration) {
 			for end := time.Now().Add(d); time.Now().Before(end) && !b.Available(); time.Sleep(time.Millisecond) {
 				for range 5 {
-					if l, err := g.connect(nil); err == nil {
+					if l, err := connect(g); err == nil {
 						l.release()
 						return
 					}
@@ -38,7 +38,7 @@ func TestClientsHaveADownBackendProbed(t *testing.T) {
 
 		f.fail(one, errRefused)
 		for b.Available() {
-			_, err := g.connect(nil)
+			_, err := connect(g)
 			require.Error(t, err)
 			synctest.Wait()
 		}
@@ -72,7 +72,7 @@ func TestOneClientBringsABackendBack(t *testing.T) {
 		g.start()
 		time.Sleep(65 * time.Second)
 		f.fail(one, nil)
-		_, err := g.connect(nil)
+		_, err := connect(g)
 		require.ErrorIs(t, err, errNoBackend)
 		time.Sleep(wantedSpacing + time.Millisecond)
 		require.True(t, g.members[0].Backend.Available())

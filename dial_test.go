@@ -60,6 +60,13 @@ func down(f *fakeNet, addresses ...string) {
 	}
 }
 
+// connect is what a client's goroutine does, without a client to look at.
+func connect(g *generation) (link, error) {
+	s := search{pool: g.pool, client: &net.TCPAddr{}, began: time.Now()}
+	err := s.find(g)
+	return s.link, err
+}
+
 func checksOff(h *Handler) {
 	h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Disabled: true}}
 }
@@ -73,7 +80,7 @@ func TestConnectTriesEachBackendOnce(t *testing.T) {
 	})
 	g.start()
 	defer g.stop()
-	l, err := g.connect(nil)
+	l, err := connect(g)
 	require.ErrorIs(t, err, errNoBackend)
 	require.ErrorIs(t, err, errRefused)
 	for _, a := range []string{one, two, three} {
@@ -106,7 +113,7 @@ func TestConnectRetryLimits(t *testing.T) {
 			})
 			g.start()
 			defer g.stop()
-			l, err := g.connect(nil)
+			l, err := connect(g)
 			require.Error(t, err)
 			require.Equal(t, c.want, l.attempts)
 		})
@@ -125,7 +132,7 @@ func TestConnectWaitsForABackend(t *testing.T) {
 		g.start()
 		synctest.Wait()
 		began := time.Now()
-		_, err := g.connect(nil)
+		_, err := connect(g)
 		require.ErrorIs(t, err, errNoBackend)
 		require.Equal(t, 5*time.Second, time.Since(began))
 
@@ -134,7 +141,7 @@ func TestConnectWaitsForABackend(t *testing.T) {
 			f.fail(one, nil)
 		}()
 		began = time.Now()
-		l, err := g.connect(nil)
+		l, err := connect(g)
 		require.NoError(t, err)
 		l.release()
 		require.LessOrEqual(t, time.Since(began), 3*time.Second+defaultTryInterval)
@@ -142,7 +149,7 @@ func TestConnectWaitsForABackend(t *testing.T) {
 		down(f, one)
 		g.stop()
 		began = time.Now()
-		_, err = g.connect(nil)
+		_, err = connect(g)
 		require.Error(t, err)
 		require.Zero(t, time.Since(began), "a stopped config waits for nothing")
 	})
@@ -156,7 +163,7 @@ func TestConnectGivesUpAtOnceByDefault(t *testing.T) {
 		g.start()
 		synctest.Wait()
 		began := time.Now()
-		l, err := g.connect(nil)
+		l, err := connect(g)
 		require.True(t, errors.Is(err, errNoBackend))
 		require.Zero(t, l.attempts, "a down backend is not tried")
 		require.Zero(t, time.Since(began))

@@ -2,7 +2,9 @@ package tcplb
 
 import (
 	"context"
+	ossignal "os/signal"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -45,27 +47,54 @@ func (t *tracker) wait(ctx context.Context) bool {
 	return true
 }
 
-// exitMargin is how long past the drain timeout the process waits for
-// connections that are still being set up.
+// exitMargin is how long past the drain timeout the process waits: for
+// connections to be cut and counted.
 const exitMargin = time.Second
 
 // drainOnExit waits until all connections have ended, by themselves or by their
-// drain timeout, which began when the config stopped. Caddy calls it with the
-// listeners closed and the metrics endpoint still up.
+// drain timeout, which began when the config stopped. A SIGTERM that comes now is
+// the second, and cuts them. Caddy calls this with the listeners closed and the
+// metrics endpoint still up.
 func drainOnExit(ctx context.Context) {
-	limit := time.Duration(lastDrain.Load()) + exitMargin
+	limit := max(0, time.Until(time.Unix(0, drainEnd.Load()))) + exitMargin
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	logger := caddy.Log().Named("tcp_lb")
 	if n := open.n.Load(); n > 0 {
 		logger.Info("waiting for open connections", zap.Int64("connections", n), zap.Duration("at_most", limit))
 	}
-	open.wait(ctx)
+	impatient, stop := ossignal.NotifyContext(ctx, syscall.SIGTERM)
+	defer stop()
+	if !open.wait(impatient) && ctx.Err() == nil {
+		logger.Warn("terminated again, cutting the open connections", zap.Int64("connections", open.n.Load()))
+		registry.cutAll()
+		open.wait(ctx)
+	}
 	for _, p := range registry.snapshot() {
 		p.logEnd(p.total()) // those whose connections could not be ended in time
 	}
 }
 
-// lastDrain is the longest time, in nanoseconds, that a connection of a stopped
-// generation may still take: to connect, and to drain.
-var lastDrain atomic.Int64
+// cutAll ends every connection of pools that no config has any more.
+func (r *poolRegistry) cutAll() {
+	for _, p := range r.snapshot() {
+		p.abandon()
+		for _, b := range p.backends {
+			b.cut()
+		}
+	}
+}
+
+// drainEnd is when the last drain timeout ends that has begun, in Unix
+// nanoseconds.
+var drainEnd atomic.Int64
+
+// drainsBy notes that connections may be drained until then.
+func drainsBy(t time.Time) {
+	for {
+		old := drainEnd.Load()
+		if t.UnixNano() <= old || drainEnd.CompareAndSwap(old, t.UnixNano()) {
+			return
+		}
+	}
+}

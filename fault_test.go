@@ -71,7 +71,7 @@ func TestFaultAcceptedThenClosed(t *testing.T) {
 		expectReset(t, c)
 	}
 	requireBooksBalance(t, 20)
-	require.EqualValues(t, 10, closedFor(t, closes, reasonBackendClosed))
+	require.EqualValues(t, 10, closedFor(t, closes, reasonBackendClosedEarly), "told apart from an ordinary end")
 	require.EqualValues(t, 10, closedFor(t, resets, reasonBackendReset))
 	require.True(t, backendStatuses(t)[resets.address].Healthy, "it accepts, which is what a TCP check sees")
 }

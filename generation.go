@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"net"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,6 +59,12 @@ type generation struct {
 type member struct {
 	target target
 	weight int
+}
+
+// setLogger gives the access log of each pool a name of its own, by which Caddy's
+// log option can tell them apart.
+func (g *generation) setLogger(l *zap.Logger) {
+	g.logger, g.access = l, l.Named("access").Named(g.name)
 }
 
 // start brings the generation into its pool, unless it was stopped before.
@@ -151,6 +158,19 @@ func (g *generation) buildLocked(prev Picker) {
 			available = append(available, m)
 		}
 	}
-	p := g.policy.NewPicker(available, prev)
+	p := g.newPicker(available, prev)
 	g.picker.Store(&p)
+}
+
+// newPicker asks the policy, which may be anybody's module. Where that panics,
+// round robin serves.
+func (g *generation) newPicker(available []Candidate, prev Picker) (p Picker) {
+	defer func() {
+		if v := recover(); v != nil {
+			g.logger.Error("panic in the selection policy, picking by round robin meanwhile",
+				zap.String("lb", g.name), zap.Any("panic", v), zap.ByteString("stack", debug.Stack()))
+			p = RoundRobin{}.NewPicker(available, prev)
+		}
+	}()
+	return g.policy.NewPicker(available, prev)
 }

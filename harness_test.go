@@ -42,6 +42,7 @@ func TestMain(m *testing.M) {
 // with the test.
 func runCaddy(t testing.TB, config string) {
 	t.Helper()
+	noPoolsYet(t)
 	require.NoError(t, caddy.Load([]byte(config), true))
 	t.Cleanup(func() { require.NoError(t, caddy.Stop()) })
 }

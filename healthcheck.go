@@ -166,6 +166,7 @@ func signal(c chan struct{}) {
 
 func (c *checker) run(ctx context.Context) {
 	defer close(c.done)
+	defer c.settings.Store(nil) // it may be remembered for long
 	if c.after != nil {
 		<-c.after
 	}
@@ -322,6 +323,7 @@ func (c *checker) judge(err error, took time.Duration) {
 	for _, each := range outdated {
 		each.rebuild()
 	}
+	g.pool.changed()
 	b.logTurn(g, err)
 }
 
@@ -364,7 +366,7 @@ func (b *Backend) logTurn(g *generation, err error) {
 	if err == nil {
 		g.logger.Info("backend is up", lb, backend)
 	} else {
-		g.logger.Warn("backend is down", lb, backend, zap.Error(err))
+		g.logger.Warn("backend is down", lb, backend, errorField(err))
 	}
 	if n := b.events.takeDropped(); n > 0 {
 		g.logger.Warn("event handlers are too slow, dropped the oldest events that waited for them", lb, backend, zap.Int("events", n))

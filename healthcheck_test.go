@@ -155,6 +155,7 @@ func (f *fakeNet) times(address string) []time.Time {
 // testGeneration makes a generation of a pool of its own over a fake network.
 func testGeneration(t *testing.T, f *fakeNet, change func(*Handler)) (*generation, *observer.ObservedLogs) {
 	t.Helper()
+	forgetDeparted()
 	h := &Handler{Name: t.Name()}
 	change(h)
 	require.NoError(t, h.fill())
@@ -164,8 +165,7 @@ func testGeneration(t *testing.T, f *fakeNet, change func(*Handler)) (*generatio
 	g, err := h.newGeneration(ctx)
 	require.NoError(t, err)
 	core, logs := observer.New(zap.DebugLevel)
-	g.logger = zap.New(core)
-	g.access = g.logger.Named("access")
+	g.setLogger(zap.New(core))
 	g.dial = f.dial
 	t.Cleanup(g.stop)
 	return g, logs
@@ -331,7 +331,7 @@ func testScarcity(t *testing.T, scarcity error, message string) {
 		require.Contains(t, *b.lastError.Load(), message)
 
 		before := len(f.times(one))
-		_, err := g.connect(nil)
+		_, err := connect(g)
 		require.ErrorIs(t, err, scarcity)
 		synctest.Wait()
 		require.Len(t, f.times(one), before+1, "nor does such a connect, which causes no probe")
@@ -354,7 +354,7 @@ func TestFailedConnectTriggersProbes(t *testing.T) {
 		f.fail(one, errRefused)
 		began := time.Now()
 		for range 8 { // connections, without a moment's pause
-			l, err := g.connect(nil)
+			l, err := connect(g)
 			require.NoError(t, err)
 			require.Same(t, g.members[1].Backend, l.backend)
 			l.release()
@@ -406,7 +406,7 @@ func TestHealthPortLeavesTheAddressAlone(t *testing.T) {
 		require.Len(t, f.times("10.0.0.1:8081"), 1)
 		require.Len(t, f.times("db.example:8081"), 1)
 		require.Empty(t, f.times(one))
-		l, err := g.connect(nil)
+		l, err := connect(g)
 		require.NoError(t, err)
 		l.release()
 		require.Len(t, f.times(one), 1)

@@ -37,7 +37,8 @@ var (
 	descFileLimit        = prometheus.NewDesc("tcp_lb_max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.", nil, nil)
 	descTurnedAway       = prometheus.NewDesc("tcp_lb_listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.", []string{"listener", "reason"}, nil)
 	allDescriptions      = []*prometheus.Desc{descHealthy, descChecked, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit, descTurnedAway}
-	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError}
+	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly}
+	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
 )
 
 // Describe implements prometheus.Collector.
@@ -56,18 +57,24 @@ func (collector) Collect(out chan<- prometheus.Metric) {
 			out <- prometheus.MustNewConstMetric(descTurnedAway, prometheus.CounterValue, float64(e.counts[why].Load()), e.address, name)
 		}
 	}
-	for _, p := range registry.snapshot() {
+	pools, departedPools, departedBackends := registry.snapshotWithDeparted()
+	for _, p := range pools {
 		m := emitter{out: out, lb: p.name}
 		m.pool(p.pool)
-		m.counter(descErrors, p.noBackend.Load(), "no_backend")
-		m.counter(descErrors, p.overLimit.Load(), "max_connections")
-		m.counter(descClosed, p.noBackend.Load(), reasonNoBackend.String())
-		m.counter(descClosed, p.overLimit.Load(), reasonMaxConnections.String())
-		m.counter(descClosed, p.failed.Load(), reasonError.String())
+		m.unserved(p.pool)
 		for _, b := range p.backends {
 			m.backend = b.address
-			m.collect(b)
+			m.gauges(b)
+			m.counters(b)
 		}
+	}
+	for _, p := range departedPools {
+		m := emitter{out: out, lb: p.name}
+		m.unserved(p.pool)
+	}
+	for _, b := range departedBackends {
+		m := emitter{out: out, lb: b.lb, backend: b.address}
+		m.counters(b.Backend)
 	}
 }
 
@@ -86,18 +93,33 @@ func (m *emitter) pool(p *pool) {
 	}
 }
 
-func (m *emitter) collect(b *Backend) {
-	s := &b.stats
-	opened, active, closed := s.connections()
+// unserved sends what became of the pool's clients that never had a backend.
+func (m *emitter) unserved(p *pool) {
+	m.counter(descErrors, p.closed[reasonNoBackend].Load(), reasonNoBackend.String())
+	m.counter(descErrors, p.closed[reasonMaxConnections].Load(), reasonMaxConnections.String())
+	for _, why := range unservedReasons {
+		m.counter(descClosed, p.closed[why].Load(), why.String())
+	}
+}
+
+// gauges sends how a backend is, of one that is in the config or drained.
+func (m *emitter) gauges(b *Backend) {
 	m.gauge(descHealthy, oneIf(b.healthy.Load()))
 	m.gauge(descChecked, oneIf(b.isChecked()))
 	m.gauge(descWeight, float64(b.weight.Load()))
+	m.gauge(descTransitionTime, float64(b.stats.turnedAt.Load())/float64(time.Second))
+}
+
+// counters sends what a backend has done, and its open connections, which close
+// the sum.
+func (m *emitter) counters(b *Backend) {
+	s := &b.stats
+	opened, active, closed := s.connections()
 	m.counter(descChecks, s.checksPassed.Load(), "success")
 	m.counter(descChecks, s.checksFailed.Load(), "failure")
 	m.histogram(descCheckDuration, &s.checkTime)
 	m.counter(descTransitions, s.turnedUp.Load(), "up")
 	m.counter(descTransitions, s.turnedDown.Load(), "down")
-	m.gauge(descTransitionTime, float64(s.turnedAt.Load())/float64(time.Second))
 	m.counter(descConnections, opened)
 	m.gauge(descActive, float64(active))
 	for e, name := range dialErrorNames {

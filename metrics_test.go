@@ -175,7 +175,8 @@ func TestBytesAddUp(t *testing.T) {
 	require.EqualValues(t, sum(got), metric(t, "sent_bytes_total", labels("backend", s.address)))
 }
 
-// A removed backend's series go with its last connection, the others' stay.
+// What a removed backend is goes with its last connection, what it did a while
+// later. The others' series stay.
 func TestSeriesOfARemovedBackend(t *testing.T) {
 	a, b := echoServer(t), echoServer(t)
 	lb := freeAddress(t)
@@ -191,7 +192,11 @@ func TestSeriesOfARemovedBackend(t *testing.T) {
 	for _, c := range conns {
 		require.NoError(t, c.Close())
 	}
-	eventually(t, func() bool { return !strings.Contains(exposition(t), b.address) }, "no series of it is left")
+	weight := fmt.Sprintf("tcp_lb_backend_weight{backend=%q", b.address)
+	eventually(t, func() bool { return !strings.Contains(exposition(t), weight) }, "it is gone")
+	require.Contains(t, exposition(t), fmt.Sprintf(`tcp_lb_connections_closed_total{backend=%q,lb="tcp_lb",reason="client_closed"} 1`, b.address))
+	forgetDeparted()
+	require.NotContains(t, exposition(t), b.address, "no series of it is left")
 	require.Contains(t, exposition(t), fmt.Sprintf(`tcp_lb_connections_total{backend=%q,lb="tcp_lb"} 1`, a.address))
 }
 

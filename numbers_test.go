@@ -337,14 +337,18 @@ func (s *stage) books(t *testing.T) {
 	})
 }
 
-// reloads loads a config without the shaky pool: its series go, and the others
-// are in every scrape and go on.
+// reloads loads a config without the shaky pool: what it is goes, what it did
+// stays to be scraped for a while, and the others' series are in every scrape
+// and go on.
 func (s *stage) reloads(t *testing.T) {
 	p := s.prometheus
 	less := regexp.MustCompile(`,"shaky":.*\]\}\]\}`).ReplaceAllString(s.config, "")
 	require.NotEqual(t, s.config, less)
 	reload(t, less)
-	p.eventually(func() bool { return len(p.query(`{__name__=~"tcp_lb_.+", lb="shaky"}`)) == 0 }, "no series of a removed backend")
+	p.eventually(func() bool { return len(p.query(`tcp_lb_backend_weight{lb="shaky"}`)) == 0 }, "it is gone")
+	require.NotEmpty(t, p.query(`tcp_lb_connections_closed_total{lb="shaky"}`))
+	forgetDeparted()
+	p.eventually(func() bool { return len(p.query(`{__name__=~"tcp_lb_.+", lb="shaky"}`)) == 0 }, "no series of it")
 	require.Len(t, p.query(`count_over_time(tcp_lb_connections_total{lb!="shaky"}[5m]) == on () group_left () sum_over_time(up[5m])`), 6, "in every scrape")
 	require.Len(t, p.query(`resets(tcp_lb_connections_total{lb!="shaky"}[5m]) == 0`), 6, "and never back to 0")
 	require.Equal(t, 421.0, p.sum(`tcp_lb_connections_total{lb="web"}`))

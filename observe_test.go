@@ -19,6 +19,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 // adminConfig has the admin endpoint on, and the HTTP endpoints of the examples.
@@ -34,6 +36,7 @@ func adminConfig(admin, web, lb, handler string) string {
 // runWithAdmin runs the config, and takes the admin endpoint away at the end.
 func runWithAdmin(t *testing.T, config string) {
 	t.Helper()
+	noPoolsYet(t)
 	require.NoError(t, caddy.Load([]byte(config), true))
 	t.Cleanup(func() {
 		require.NoError(t, caddy.Load([]byte(`{"admin":{"disabled":true,"config":{"persist":false}}}`), true))
@@ -172,7 +175,7 @@ func TestAccessLog(t *testing.T) {
 		return strings.HasSuffix(string(b), "\n") && json.Unmarshal(b, &line) == nil
 	}, "one line")
 	for key, want := range map[string]any{
-		"level": "info", "logger": "layer4.handlers.tcp_lb.access", "lb": "web", "client": client, "backend": s.address,
+		"level": "info", "logger": "layer4.handlers.tcp_lb.access.web", "lb": "web", "client": client, "backend": s.address,
 		"attempts": 2.0, "received_bytes": 0.0, "sent_bytes": 5.0, "reason": "backend_closed",
 	} {
 		require.Equal(t, want, line[key], key)
@@ -297,9 +300,66 @@ func TestPanicIsContained(t *testing.T) {
 	g.serve(cx)
 	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
 	require.Contains(t, string(logs.All()[0].ContextMap()["stack"].(string)), "panickingPicker")
-	require.EqualValues(t, 1, g.pool.failed.Load())
+	require.EqualValues(t, 1, g.pool.closed[reasonError].Load())
 	require.Zero(t, g.pool.active.Load())
 	expectEOF(t, far)
+}
+
+// A policy that can't make a picker does not keep a pool from serving.
+func TestPanicOfAPolicyIsContained(t *testing.T) {
+	f := newFakeNet()
+	g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one, two); checksOff(h) })
+	g.policy = hopelessPolicy{}
+	g.start()
+	defer g.stop()
+	for range 2 {
+		l, err := connect(g)
+		require.NoError(t, err)
+		l.release()
+	}
+	require.Len(t, f.times(one), 1, "round robin serves")
+	require.Len(t, f.times(two), 1)
+	lines := logs.FilterMessageSnippet("panic in the selection policy").All()
+	require.NotEmpty(t, lines)
+	require.Contains(t, lines[0].ContextMap()["stack"], "hopelessPolicy")
+}
+
+type hopelessPolicy struct{}
+
+func (hopelessPolicy) NewPicker([]Candidate, Picker) Picker { panic("no idea") }
+
+// Nor does a panic at a connection's end keep anything from being given back.
+func TestPanicAtTheEndIsContained(t *testing.T) {
+	watchLeftovers(t)
+	s := namedServer(t, "a")
+	g, logs := testGeneration(t, newFakeNet(), func(h *Handler) {
+		h.Backends = backendList(s.address)
+		h.AccessLog = true
+	})
+	g.dial = dialTarget
+	g.access = zap.New(panickingCore{zapcore.NewNopCore()})
+	g.start()
+	defer g.stop()
+	far, near := tcpPair(t)
+	require.NoError(t, far.CloseWrite())
+	g.serve(layer4Connection(near))
+	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
+	expect(t, far, "a")
+	expectEOF(t, far)
+	require.Zero(t, g.members[0].Backend.Load())
+	require.Zero(t, g.pool.active.Load())
+	opened, active, _ := g.members[0].Backend.stats.connections()
+	require.EqualValues(t, 1, opened)
+	require.Zero(t, active)
+}
+
+// panickingCore is an encoder with a bug, as anybody's module may have.
+type panickingCore struct{ zapcore.Core }
+
+func (panickingCore) Enabled(zapcore.Level) bool { return true }
+
+func (panickingCore) Check(zapcore.Entry, *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	panic("no line today")
 }
 
 type panickingPolicy struct{}

@@ -18,18 +18,22 @@ type pool struct {
 	name string
 
 	// newest is the generation that was started last and still runs; nil once
-	// none runs.
-	newest atomic.Pointer[generation]
-	active atomic.Int64 // connections being handled, with a backend or without
-	demand demand       // for probes
+	// none runs. last is that one or the one before.
+	newest, last atomic.Pointer[generation]
+	active       atomic.Int64 // connections being handled, with a backend or without
+	demand       demand       // for probes
 
-	noBackend       atomic.Uint64 // connections for which none could be reached
-	overLimit       atomic.Uint64 // connections over the limit
-	failed          atomic.Uint64 // connections that ended before they had a backend, in an error
-	nextLimitNotice atomic.Int64  // Unix nanoseconds before which no further warning is logged
+	closed              [numReasons]atomic.Uint64 // connections that ended before they had a backend
+	refusals, overLimit notice
+
+	waiters   waiters
+	changes   atomic.Uint64 // of availability, and of the newest generation
+	abandoned atomic.Bool   // no config has the pool any more, and the drain timeout is over
+	outage    outage
 
 	// generations are the running ones, oldest first; guarded by the registry.
 	generations []*generation
+	giveUp      *time.Timer         // abandons the pool, once no generation runs; guarded by the registry
 	backends    map[string]*Backend // by address; guarded by the registry
 	gone        totals              // of backends that were dropped; guarded by the registry
 }
@@ -58,17 +62,32 @@ func (s *stats) totals() totals {
 var registry = &poolRegistry{pools: make(map[string]*pool)}
 
 type poolRegistry struct {
-	mu    sync.Mutex
-	pools map[string]*pool
+	mu       sync.Mutex
+	pools    map[string]*pool
+	departed departedSeries
 }
 
 func (r *poolRegistry) poolLocked(name string) *pool {
 	p := r.pools[name]
 	if p == nil {
-		p = &pool{name: name, backends: make(map[string]*Backend)}
+		if p = r.departed.revivePool(name); p == nil {
+			p = &pool{name: name, backends: make(map[string]*Backend)}
+		}
 		r.pools[name] = p
 	}
 	return p
+}
+
+// backendLocked returns the pool's backend of the target, a new one if need be.
+func (r *poolRegistry) backendLocked(p *pool, t target) *Backend {
+	b := p.backends[t.String()]
+	if b == nil {
+		if b = r.departed.reviveBackend(p, t.String()); b == nil {
+			b = newBackend(p, t.String(), t)
+		}
+		p.backends[b.address] = b
+	}
+	return b
 }
 
 // start makes g the newest generation of its pool.
@@ -79,60 +98,130 @@ func (r *poolRegistry) start(g *generation) {
 	if old := p.newest.Load(); old != nil {
 		prev = old.currentPicker()
 	}
+	var lines logLines
 	for _, m := range g.config {
-		b := p.backends[m.target.String()]
-		if b == nil {
-			b = newBackend(p, m.target.String(), m.target)
-			p.backends[b.address] = b
-		}
+		b := r.backendLocked(p, m.target)
 		b.mu.Lock()
 		b.users++
 		b.mu.Unlock()
-		b.stopDraining()
+		if open := b.stopDraining(); open > 0 {
+			lines.add("backend is back in the config, its connections go on",
+				zap.String("lb", p.name), zap.String("backend", b.address), zap.Int("connections", open))
+		}
 		g.members = append(g.members, Candidate{Backend: b, Weight: m.weight})
 	}
 	g.pool = p
 	p.generations = append(p.generations, g)
-	p.newest.Store(g)
+	p.setNewestLocked(g)
 	g.inherit(prev)
 	revived := r.settleLocked(p)
 	r.mu.Unlock()
+	lines.write(g.logger)
 	announceUp(g, revived)
+	p.changed()
 }
 
-// stop ends g. Backends that no generation names any more are drained. A
-// generation that was newest hands back to the one before it, as happens when
-// a config fails after its apps have started.
+// stop ends g. Backends that no generation names any more are drained, for as
+// long as the newest config says, if one has the pool. A generation that was
+// newest hands back to the one before it, as happens when a config fails after
+// its apps have started.
 func (r *poolRegistry) stop(g *generation) {
-	lastDrain.Store(max(lastDrain.Load(), int64(g.drainTimeout+time.Duration(1+g.retries)*g.dialTimeout)))
 	r.mu.Lock()
 	p := g.pool
 	p.generations = slices.DeleteFunc(p.generations, func(o *generation) bool { return o == g })
-	p.newest.Store(nil)
+	var newest *generation
 	if n := len(p.generations); n > 0 {
-		p.newest.Store(p.generations[n-1])
+		newest = p.generations[n-1]
 	}
+	p.setNewestLocked(newest)
+	timeout := g.drainTimeout
+	if newest != nil {
+		timeout = newest.drainTimeout
+	} else {
+		p.giveUp = time.AfterFunc(timeout, p.abandon)
+		drainsBy(time.Now().Add(timeout))
+	}
+	var lines logLines
 	for _, m := range g.members {
 		b := m.Backend
 		b.mu.Lock()
 		b.users--
 		unused := b.users == 0
 		b.mu.Unlock()
-		if unused {
-			b.startDraining(g.drainTimeout)
+		if !unused {
+			continue
+		}
+		if open := b.startDraining(timeout); open > 0 && !caddy.Exiting() {
+			lines.add("backend left the config, draining its connections",
+				zap.String("lb", p.name), zap.String("backend", b.address),
+				zap.Int("connections", open), zap.Time("until", time.Now().Add(timeout)))
 		}
 	}
 	revived := r.settleLocked(p)
-	newest := p.newest.Load()
 	for _, m := range g.members {
 		r.dropIfUnusedLocked(m.Backend)
 	}
 	ended := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
 	announceUp(newest, revived)
+	lines.write(p.logger())
+	p.changed()
 	if ended {
 		p.logEnd(p.gone)
 	}
+}
+
+// setNewestLocked is called with nil when the last generation has ended.
+func (p *pool) setNewestLocked(g *generation) {
+	p.newest.Store(g)
+	if g == nil {
+		return
+	}
+	p.last.Store(g)
+	if p.giveUp != nil {
+		p.giveUp.Stop()
+		p.giveUp = nil
+	}
+	p.abandoned.Store(false)
+}
+
+// abandon ends the search of clients that have no backend by now.
+func (p *pool) abandon() {
+	registry.mu.Lock()
+	over := p.newest.Load() == nil // else a config has it again, just as the timer fired
+	if over {
+		p.abandoned.Store(true)
+	}
+	registry.mu.Unlock()
+	if over {
+		p.changed()
+	}
+}
+
+// changed wakes who waits for a change, and tells of the beginning or end of an
+// outage.
+func (p *pool) changed() {
+	p.changes.Add(1)
+	p.waiters.wakeAll()
+	p.reportOutage()
+}
+
+// voice returns the generation whose logs are the pool's: the newest or, once
+// none runs, the last that did.
+func (p *pool) voice() *generation {
+	if g := p.newest.Load(); g != nil {
+		return g
+	}
+	return p.last.Load()
+}
+
+// logger returns the newest config's. Once there is none its log may be closed,
+// and Caddy's default one serves.
+func (p *pool) logger() *zap.Logger {
+	if g := p.newest.Load(); g != nil {
+		return g.logger
+	}
+	return caddy.Log().Named("tcp_lb")
 }
 
 // announceUp logs that backends came up with a config.
@@ -183,11 +272,12 @@ func (r *poolRegistry) adopt(b *Backend) *Backend {
 	defer r.mu.Unlock()
 	p := r.poolLocked(b.pool.name)
 	if p.backends[b.address] == nil {
-		p.backends[b.address] = b
-		b.mu.Lock()
-		b.pool, b.retired = p, false
-		b.drain, b.cutAt = nil, false
-		b.mu.Unlock()
+		back := r.departed.reviveBackend(p, b.address)
+		if back == nil { // long ago
+			back = b
+			back.unretire(p)
+		}
+		p.backends[b.address] = back
 	}
 	return p.backends[b.address]
 }
@@ -196,19 +286,24 @@ func (r *poolRegistry) adopt(b *Backend) *Backend {
 func (r *poolRegistry) retire(b *Backend) {
 	r.mu.Lock()
 	p := b.pool
-	r.dropIfUnusedLocked(b)
+	was, dropped := r.dropIfUnusedLocked(b)
 	ended := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
+	if dropped && was.open > 0 && !caddy.Exiting() {
+		p.logger().Info("backend is drained",
+			zap.String("lb", p.name), zap.String("backend", b.address),
+			zap.Int("connections", was.open), zap.Int("cut_by_drain_timeout", was.cut))
+	}
 	if ended {
 		p.logEnd(p.gone)
 	}
 }
 
-func (r *poolRegistry) dropIfUnusedLocked(b *Backend) {
+func (r *poolRegistry) dropIfUnusedLocked(b *Backend) (was drained, dropped bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.users > 0 || b.holds > 0 || b.retired {
-		return
+		return drained{}, false
 	}
 	b.retired = true
 	if b.drain != nil {
@@ -218,6 +313,8 @@ func (r *poolRegistry) dropIfUnusedLocked(b *Backend) {
 	b.pool.gone = b.pool.gone.plus(now.minus(b.settled))
 	b.settled = now
 	delete(b.pool.backends, b.address)
+	r.departed.add(b.pool, b)
+	return b.drained, true
 }
 
 // forgetIfEmptyLocked drops a pool that no config and no connection needs any
@@ -227,20 +324,11 @@ func (r *poolRegistry) forgetIfEmptyLocked(p *pool) bool {
 		return false
 	}
 	delete(r.pools, p.name)
+	if p.giveUp != nil {
+		p.giveUp.Stop()
+	}
+	r.departed.addPool(p)
 	return true
-}
-
-// logEnd writes a pool's last line. The log of its config is closed by then,
-// so it goes to Caddy's default one.
-func (p *pool) logEnd(t totals) {
-	caddy.Log().Named("tcp_lb").Info("pool ended",
-		zap.String("lb", p.name),
-		zap.Uint64("connections", t.connections),
-		zap.Uint64("cut_by_drain_timeout", t.cut),
-		zap.Uint64("no_backend", p.noBackend.Load()),
-		zap.Uint64("max_connections", p.overLimit.Load()),
-		zap.Uint64("received_bytes", t.received),
-		zap.Uint64("sent_bytes", t.sent))
 }
 
 // newest returns the newest running generation of the name, or nil.
@@ -275,8 +363,16 @@ func (v poolView) total() totals {
 
 // snapshot returns all pools by name.
 func (r *poolRegistry) snapshot() []poolView {
+	views, _, _ := r.snapshotWithDeparted()
+	return views
+}
+
+// snapshotWithDeparted returns in one look what has departed and is still shown,
+// too.
+func (r *poolRegistry) snapshotWithDeparted() ([]poolView, []departedPool, []departedBackend) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.departed.prune(time.Now())
 	views := make([]poolView, 0, len(r.pools))
 	for _, p := range r.pools {
 		v := poolView{pool: p, backends: slices.Collect(maps.Values(p.backends))}
@@ -289,5 +385,5 @@ func (r *poolRegistry) snapshot() []poolView {
 		views = append(views, v)
 	}
 	slices.SortFunc(views, func(a, b poolView) int { return strings.Compare(a.name, b.name) })
-	return views
+	return views, slices.Clone(r.departed.pools), slices.Clone(r.departed.backends)
 }

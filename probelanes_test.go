@@ -124,18 +124,18 @@ func testBlackHoles(t *testing.T, full bool) {
 // which one can be borrowed.
 func smallLanes() *probeLanes { return newProbeLanes(&fileBudget{limit: 8, probes: 4}) }
 
-// waiter waits for a place.
-type waiter struct{ got chan *probePlace }
+// placeWaiter waits for a place.
+type placeWaiter struct{ got chan *probePlace }
 
-func wait(l *probeLanes, q queue) waiter {
-	w := waiter{make(chan *probePlace, 1)}
+func wait(l *probeLanes, q queue) placeWaiter {
+	w := placeWaiter{make(chan *probePlace, 1)}
 	go func() { w.got <- l.enter(context.Background(), q, nil) }()
 	synctest.Wait()
 	return w
 }
 
 // has returns the place, if w has it by now.
-func (w waiter) has() *probePlace {
+func (w placeWaiter) has() *probePlace {
 	synctest.Wait()
 	select {
 	case p := <-w.got:

@@ -5,15 +5,19 @@ import (
 	"io"
 	"net"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
 	"go.uber.org/zap"
 )
 
-// session is one client's connection, from the handler's call to its end.
+// session is one client's connection, from the handler's call to its end. It
+// keeps nothing of the config that accepted it: connections may outlive many.
 type session struct {
-	generation *generation
+	pool         *pool
+	drainTimeout time.Duration
 	// client is what the handler was called with, or the accepted connection
 	// inside it where that was taken over.
 	client    net.Conn
@@ -29,8 +33,8 @@ type session struct {
 // connection could be taken over, by itself.
 func (g *generation) serve(cx *layer4.Connection) {
 	open.enter() // finish leaves
-	s := &session{generation: g, client: cx, began: time.Now()}
-	if !s.begin(cx) {
+	s := &session{pool: g.pool, drainTimeout: g.drainTimeout, client: cx, began: time.Now()}
+	if !s.begin(g, cx) {
 		s.finish()
 		return
 	}
@@ -45,11 +49,10 @@ func (g *generation) serve(cx *layer4.Connection) {
 }
 
 // begin admits the client, connects to a backend and prepares the relay.
-func (s *session) begin(cx *layer4.Connection) (ok bool) {
-	g := s.generation
+func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 	defer func() {
 		if v := recover(); v != nil {
-			g.logPanic(v, debug.Stack())
+			s.pool.logPanic(v, debug.Stack())
 			s.why, ok = reasonError, false
 		}
 	}()
@@ -57,12 +60,17 @@ func (s *session) begin(cx *layer4.Connection) (ok bool) {
 		s.why = reasonMaxConnections
 		return false
 	}
-	if s.link, s.err = g.connect(cx.RemoteAddr()); s.err != nil {
-		s.why = reasonNoBackend
+	client := clientConn(cx)
+	find := search{pool: s.pool, client: cx.RemoteAddr(), began: s.began}
+	find.waiter.client, find.waiter.silent = cx, client != cx && len(cx.MatchingBytes()) == 0
+	s.err = find.find(g)
+	s.link = find.link
+	if s.err != nil {
+		s.why = find.failure(s.err)
 		return false
 	}
-	r := newRelay(clientConn(cx), s.conn, g.idleTimeout)
-	r.onPanic = g.logPanic
+	r := newRelay(client, s.conn, g.idleTimeout)
+	r.onPanic = s.pool.logPanic
 	r.up.total, r.down.total = &s.backend.stats.received, &s.backend.stats.sent
 	r.up.first = prefetched(cx)
 	s.relay = r
@@ -72,61 +80,88 @@ func (s *session) begin(cx *layer4.Connection) (ok bool) {
 	return true
 }
 
+// failure returns the reason of a search that failed with err.
+func (s *search) failure(err error) reason {
+	switch {
+	case errors.Is(err, errClientLeft):
+		return s.left
+	case errors.Is(err, errAbandoned):
+		return reasonDrainTimeout
+	default:
+		return reasonNoBackend
+	}
+}
+
 // end cuts the session short, for the reason.
 func (s *session) end(why reason) { s.relay.cut(why) }
 
 // finish closes, counts and logs, and lets go of the backend.
 func (s *session) finish() {
 	defer open.leave()
-	g := s.generation
+	defer func() {
+		if v := recover(); v != nil {
+			s.pool.logPanic(v, debug.Stack())
+		}
+	}()
+	if s.release != nil {
+		defer s.release()
+	}
+	s.close()
+	duration := time.Since(s.began)
+	if s.relay != nil {
+		s.why = s.relay.reason()
+		if s.why == reasonBackendClosed && s.relay.down.moved.Load() == 0 {
+			s.why = reasonBackendClosedEarly
+		}
+		s.backend.leave(s, s.why, duration)
+	} else {
+		s.pool.closed[s.why].Add(1)
+	}
+	s.log(duration)
+}
+
+// close closes both connections, and gives the client's place free after that.
+func (s *session) close() {
 	if s.conn != nil {
 		_ = s.conn.Close()
 	}
-	if s.leavePool != nil {
-		s.closeClient() // before its file is given back
-		s.leavePool()
+	if s.leavePool == nil {
+		return
 	}
-	duration := time.Since(s.began)
-	switch {
-	case s.relay != nil:
-		s.why = s.relay.reason()
-		s.backend.leave(s, s.why, duration)
-	case s.why == reasonNoBackend:
-		g.pool.noBackend.Add(1)
-	case s.why == reasonMaxConnections:
-		g.pool.overLimit.Add(1)
-	default:
-		g.pool.failed.Add(1)
+	if c, ok := s.client.(*acceptedConn); ok {
+		_ = c.end()
+	} else {
+		_ = s.client.Close()
 	}
-	// Through the newest config's log: that of the one which accepted the
-	// connection may be closed.
-	to := g
-	if newest := g.pool.newest.Load(); newest != nil {
-		to = newest
+	s.leavePool()
+}
+
+// log says how the connection ended, through the newest config's log: that of
+// the one which accepted the connection may be closed.
+func (s *session) log(duration time.Duration) {
+	to := s.pool.voice()
+	if to == nil {
+		return
 	}
 	if s.why == reasonNoBackend {
-		s.logFailure(to.logger)
+		s.logRefusal(to)
 	}
 	if to.accessLog {
 		s.logAccess(to.access, duration)
 	}
-	if s.release != nil {
-		s.release()
-	}
 }
 
-func (s *session) closeClient() {
-	if c, ok := s.client.(*acceptedConn); ok {
-		_ = c.end()
-		return
+// logRefusal says that a client was turned away: each at level DEBUG, and once
+// a minute how many at WARN.
+func (s *session) logRefusal(to *generation) {
+	if c := to.logger.Check(zap.DebugLevel, "no backend could be reached"); c != nil {
+		c.Write(zap.String("lb", s.pool.name), zap.Stringer("client", s.client.RemoteAddr()),
+			zap.Int("attempt", s.attempts), errorField(s.err))
 	}
-	_ = s.client.Close()
-}
-
-func (s *session) logFailure(to *zap.Logger) {
-	to.Debug("no backend could be reached",
-		zap.String("lb", s.generation.name), zap.Stringer("client", s.client.RemoteAddr()),
-		zap.Int("attempt", s.attempts), zap.Error(s.err))
+	if n := s.pool.refusals.due(); n > 0 {
+		to.logger.Warn("clients are turned away, no backend could be reached",
+			zap.String("lb", s.pool.name), zap.Uint64("clients", n), errorField(s.err))
+	}
 }
 
 // logAccess writes the connection's line. Its frame is large; finish, in which
@@ -142,7 +177,7 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 		received, sent = s.relay.up.moved.Load(), s.relay.down.moved.Load()
 	}
 	fields := []zap.Field{
-		zap.String("lb", s.generation.name),
+		zap.String("lb", s.pool.name),
 		zap.Stringer("client", s.client.RemoteAddr()),
 		zap.String("backend", backend),
 		zap.Int("attempts", s.attempts),
@@ -152,10 +187,20 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 		zap.Uint64("sent_bytes", sent),
 		zap.Stringer("reason", s.why),
 	}
-	if s.err != nil && !errors.Is(s.err, net.ErrClosed) {
-		fields = append(fields, zap.Error(s.err))
+	if len(s.failed) > 0 {
+		fields = append(fields, zap.Array("failed", s.failed))
 	}
-	to.Info("connection", fields...)
+	switch {
+	case errors.Is(s.err, errNoBackend):
+		fields = append(fields, errorField(errNoBackend)) // failed has the rest
+	case s.err != nil:
+		fields = append(fields, errorField(s.err))
+	}
+	level := zap.InfoLevel
+	if s.why.failure() {
+		level = zap.WarnLevel
+	}
+	to.Log(level, "connection", fields...)
 }
 
 // admit counts the connection against the limits.
@@ -166,11 +211,11 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 		g.warnOfLimit(g.limit)
 		return nil, false
 	}
-	release, ok = g.leavePool, true
+	release, ok = p.leave, true
 	if c := acceptedFrom(cx.Conn); c != nil {
 		ok = c.admit()
 	} else if ok = files.acquirePair(); ok {
-		release = g.leavePoolAndFiles
+		release = p.leaveWithFiles
 	}
 	if !ok {
 		p.active.Add(-1)
@@ -182,20 +227,35 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 
 // warnOfLimit logs that connections are being refused, once a minute at most.
 func (g *generation) warnOfLimit(limit int64) {
-	now := time.Now().UnixNano()
-	next := g.pool.nextLimitNotice.Load()
-	if now < next || !g.pool.nextLimitNotice.CompareAndSwap(next, now+int64(time.Minute)) {
-		return
+	if n := g.pool.overLimit.due(); n > 0 {
+		g.logger.Warn("connection limit reached, closing new connections",
+			zap.String("lb", g.name), zap.Int64("limit", limit), zap.Uint64("clients", n))
 	}
-	g.logger.Warn("connection limit reached, closing new connections",
-		zap.String("lb", g.name), zap.Int64("limit", limit))
 }
 
-func (g *generation) leavePool() { g.pool.active.Add(-1) }
+func (p *pool) leave() { p.active.Add(-1) }
 
-func (g *generation) leavePoolAndFiles() {
+func (p *pool) leaveWithFiles() {
 	files.releasePair()
-	g.leavePool()
+	p.leave()
+}
+
+// notice counts what is worth a line of the log, but not one each.
+type notice struct {
+	unsaid atomic.Uint64
+	next   atomic.Int64 // Unix nanoseconds before which there is no further line
+}
+
+// due counts one more. Once a minute at most it returns how many there were
+// since it last did; else 0.
+func (n *notice) due() uint64 {
+	n.unsaid.Add(1)
+	now := time.Now().UnixNano()
+	next := n.next.Load()
+	if now < next || !n.next.CompareAndSwap(next, now+int64(time.Minute)) {
+		return 0
+	}
+	return n.unsaid.Swap(0)
 }
 
 // clientConn returns the connection to relay: the socket itself if nothing is
@@ -222,7 +282,11 @@ func prefetched(cx *layer4.Connection) []byte {
 	return b[:n]
 }
 
-func (g *generation) logPanic(value any, stack []byte) {
-	g.logger.Error("panic while handling a connection",
-		zap.String("lb", g.name), zap.Any("panic", value), zap.ByteString("stack", stack))
+func (p *pool) logPanic(value any, stack []byte) {
+	to := caddy.Log().Named("tcp_lb")
+	if g := p.voice(); g != nil {
+		to = g.logger
+	}
+	to.Error("panic while handling a connection",
+		zap.String("lb", p.name), zap.Any("panic", value), zap.ByteString("stack", stack))
 }

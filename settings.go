@@ -221,12 +221,11 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		drainTimeout: time.Duration(*h.DrainTimeout),
 		accessLog:    h.AccessLog,
 		ctx:          ctx,
-		logger:       ctx.Logger(),
 		dial:         dialTarget,
 		started:      make(chan struct{}),
 		stopped:      make(chan struct{}),
 	}
-	g.access = g.logger.Named("access")
+	g.setLogger(ctx.Logger())
 	for _, b := range h.Backends {
 		t, err := parseTarget(b.Address)
 		if err != nil {

@@ -83,6 +83,14 @@ func TestDefaultFastIntervalKeepsWithinTheInterval(t *testing.T) {
 func noPoolsYet(t testing.TB) {
 	t.Helper()
 	eventually(t, func() bool { return len(registry.snapshot()) == 0 }, "the end of the last test's pools")
+	forgetDeparted()
+}
+
+// forgetDeparted ends the series of earlier tests.
+func forgetDeparted() {
+	registry.mu.Lock()
+	defer registry.mu.Unlock()
+	registry.departed.prune(time.Now().Add(maxDuration))
 }
 
 // loaded runs a config of the one handler and returns what serves it.

@@ -19,9 +19,13 @@ const (
 	soakDownload = 'd' // a size, then so much back
 	soakReset    = 'r' // answered and reset
 	soakAbort    = 'a' // a stream that the client resets
+	soakLeave    = 'l' // says nothing and is gone
+
+	// At the port for those who stall.
+	soakUpload = 'u' // not read for a while, then to its end, and answered with its sum
 )
 
-var soakKinds = []byte{soakShort, soakShort, soakShort, soakStream, soakRequest, soakDownload, soakReset, soakAbort}
+var soakKinds = []byte{soakShort, soakShort, soakShort, soakStream, soakRequest, soakDownload, soakReset, soakAbort, soakLeave}
 
 func (b *soakBackend) serve(c *net.TCPConn) {
 	kind := make([]byte, 1)
@@ -36,6 +40,9 @@ func (b *soakBackend) serve(c *net.TCPConn) {
 		_, _ = io.WriteString(c, "ok")
 	case soakStream, soakAbort:
 		echo(c)
+	case soakUpload:
+		pause(b.naps(), nil)
+		fallthrough
 	case soakRequest:
 		var h hashing
 		if _, err := io.Copy(&h, c); err == nil {
@@ -72,6 +79,9 @@ func (c *soakClient) run(lb string) error {
 	c.conn = conn.(*net.TCPConn)
 	c.record = soakRecord{client: conn.LocalAddr().String()}
 	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
+	if c.kind == soakLeave {
+		return c.leave()
+	}
 	if err := c.write([]byte{c.kind}); err != nil {
 		return err
 	}
@@ -219,6 +229,16 @@ func (c *soakClient) untilReset() error {
 	}
 }
 
+// leave is gone before anything is said, in order or not.
+func (c *soakClient) leave() error {
+	c.record.aborted = true
+	pause(time.Duration(c.rnd.IntN(10))*time.Millisecond, nil)
+	if c.rnd.IntN(2) == 0 {
+		return c.conn.SetLinger(0)
+	}
+	return nil
+}
+
 func (c *soakClient) abort() error {
 	for range c.rnd.IntN(3) {
 		if err := c.exchange(); err != nil {
@@ -228,6 +248,6 @@ func (c *soakClient) abort() error {
 	if err := c.write(make([]byte, c.rnd.IntN(1<<17))); err != nil {
 		return err
 	}
-	c.record.aborted, c.record.why = true, reasonClientReset
+	c.record.aborted = true
 	return c.conn.SetLinger(0)
 }

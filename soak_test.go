@@ -25,10 +25,17 @@ var (
 )
 
 // TestSoak drives everything at once, at random: clients of all kinds, backends
-// that die, stall and come back, reloads and loads that fail. A client may fail
-// only if something happened to its backend, and never take a cut stream for a
-// complete one. In the end every connection has one line in the access log,
-// which agrees with its client, and the counters agree with the lines.
+// that die, stall and come back, moments without any, reloads and loads that
+// fail. A client may fail only if something happened to its backend, and never
+// take a cut stream for a complete one. In the end every connection has one line
+// in the access log, which agrees with its client, and the counters agree with
+// the lines.
+//
+// Beside them go clients who want nothing: who leave before they have a backend
+// and, at a port of their own, receivers that stall for longer than the idle
+// timeout or say nothing at all. Only a world in which some peer stops reading
+// can show a relay that waits for it, and only one without a backend what becomes
+// of those who wait.
 func TestSoak(t *testing.T) {
 	requireSharedListener(t)
 	watchLeftovers(t)
@@ -38,7 +45,7 @@ func TestSoak(t *testing.T) {
 	}
 	t.Logf("seed %d, for %s", seed, *soakTime)
 	s := startSoak(t, seed)
-	books := startBookkeeper(s.absences)
+	books := startBookkeeper()
 	for deadline := time.Now().Add(*soakTime); time.Now().Before(deadline) && s.none(); {
 		s.disturb()
 	}
@@ -55,6 +62,7 @@ type soak struct {
 	t        testing.TB
 	rnd      *rand.Rand // the driver's; each client has its own
 	lb       string
+	stalls   string // the address for clients that stall
 	backends []*soakBackend
 	drain    string         // drain_timeout of the running config
 	did      map[string]int // what, how often
@@ -65,28 +73,29 @@ type soak struct {
 	recordsMu sync.Mutex
 	records   []soakRecord // of connections that went well
 	excused   int          // connections that failed as their backend did
+
+	stalled stallCounts
 }
 
 // soakBackend is a backend, and what has happened to it.
 type soakBackend struct {
 	*server
-	id    byte
-	dead  bool         // for the driver only
-	stall sync.RWMutex // held for writing while it accepts and does not serve
+	id           byte
+	dead, absent bool         // absent from the config; both for the driver only
+	stall        sync.RWMutex // held for writing while it accepts and does not serve
 
 	// Odd while something happens that breaks its connections.
 	disturbed atomic.Uint64
-	// Odd while no config names it, and a little longer.
-	absent atomic.Uint64
 }
 
 func startSoak(t testing.TB, seed uint64) *soak {
 	s := &soak{
-		t:    t,
-		rnd:  rand.New(rand.NewPCG(seed, 0)),
-		lb:   freeAddress(t),
-		did:  make(map[string]int),
-		stop: make(chan struct{}),
+		t:      t,
+		rnd:    rand.New(rand.NewPCG(seed, 0)),
+		lb:     freeAddress(t),
+		stalls: freeAddress(t),
+		did:    make(map[string]int),
+		stop:   make(chan struct{}),
 	}
 	for i := range 5 {
 		b := &soakBackend{id: byte(i)}
@@ -98,14 +107,22 @@ func startSoak(t testing.TB, seed uint64) *soak {
 	runCaddy(t, s.configOf(s.backends, s.drain, ""))
 	checked(t)
 	for i := range 24 {
-		rnd := rand.New(rand.NewPCG(seed, uint64(1+i)))
-		s.clients.Go(func() {
-			for !isClosed(s.stop) {
-				s.connect(rnd)
-			}
-		})
+		s.repeat(seed, 1+i, s.connect)
+	}
+	for i := range 8 {
+		s.repeat(seed, 100+i, s.stall)
 	}
 	return s
+}
+
+// repeat makes one connection after another until the end.
+func (s *soak) repeat(seed uint64, client int, connect func(*rand.Rand)) {
+	rnd := rand.New(rand.NewPCG(seed, uint64(client)))
+	s.clients.Go(func() {
+		for !isClosed(s.stop) {
+			connect(rnd)
+		}
+	})
 }
 
 // configOf is a config over the backends with random weights.
@@ -114,12 +131,17 @@ func (s *soak) configOf(backends []*soakBackend, drain, more string) string {
 	for _, b := range backends {
 		list = append(list, fmt.Sprintf(`{"address":%q,"weight":%d}`, b.address, 1+s.rnd.IntN(5)))
 	}
-	config := lbConfig("tcp_lb/"+s.lb, fmt.Sprintf(
-		`"drain_timeout":%q,"access_log":true,"load_balancing":{"retries":10,"try_duration":"30s","try_interval":"10ms"},%s,%s"backends":[%s]}`,
-		drain, fastChecks, more, strings.Join(list, ",")))
+	server := func(name, listen, more string) string {
+		return fmt.Sprintf(`%q:{"listen":["tcp_lb/%s"],"routes":[{"handle":[{"handler":"tcp_lb","name":%q,"drain_timeout":%q,"access_log":true,
+			"load_balancing":{"retries":10,"try_duration":"30s","try_interval":"10ms"},%s,%s"backends":[%s]}]}]}`,
+			name, listen, name, drain, fastChecks, more, strings.Join(list, ","))
+	}
+	config := layer4Config(server(soakPool, s.lb, more) + "," + server(stallPool, s.stalls, more+stallOptions))
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+
 		`"encoder":{"format":"json"},"include":["layer4.handlers.tcp_lb.access"]},`, 1)
 }
+
+const soakPool = "soak"
 
 // disturb does something, or nothing for a while.
 func (s *soak) disturb() {
@@ -139,7 +161,10 @@ func (s *soak) disturb() {
 		s.count("revival")
 		b.start()
 		b.dead = false
-	case n < 85:
+	case n < 80:
+		s.count("outage")
+		s.outage()
+	case n < 88:
 		s.count("stall")
 		b.stall.Lock()
 		pause(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
@@ -147,6 +172,29 @@ func (s *soak) disturb() {
 	default:
 		pause(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
 	}
+}
+
+// outage leaves no backend for a moment. Nothing but the connections that are
+// open may be lost by it: new clients wait, also while a config follows another.
+func (s *soak) outage() {
+	var alive []*soakBackend
+	for _, b := range s.backends {
+		if !b.dead {
+			alive = append(alive, b)
+		}
+	}
+	during(alive, func() {
+		for _, b := range alive {
+			b.kill()
+		}
+		pause(time.Duration(s.rnd.IntN(100))*time.Millisecond, s.stop)
+		if s.rnd.IntN(2) == 0 {
+			s.reload()
+		}
+		for _, b := range alive {
+			b.start()
+		}
+	})
 }
 
 func (s *soak) count(what string) { s.did[what]++ }
@@ -163,39 +211,33 @@ func during(backends []*soakBackend, disturb func()) {
 }
 
 // reload runs a config over some of the backends. Those that leave have their
-// connections cut if the config that ends gives them little time.
+// connections cut if that gives them little time.
 func (s *soak) reload() {
-	var used, cut, back []*soakBackend
+	var used, cut []*soakBackend
 	for i, b := range s.backends {
-		wasAbsent := isOdd(&b.absent)
-		switch {
-		case i == 0 || s.rnd.IntN(4) > 0:
+		wasAbsent := b.absent
+		b.absent = i > 0 && s.rnd.IntN(4) == 0
+		if !b.absent {
 			used = append(used, b)
-			if wasAbsent {
-				back = append(back, b)
-			}
-		case !wasAbsent:
-			b.absent.Add(1)
-			if s.drain != longDrain {
-				cut = append(cut, b)
-			}
+		} else if !wasAbsent {
+			cut = append(cut, b)
 		}
 	}
 	s.drain = []string{longDrain, "30ms"}[s.rnd.IntN(2)]
 	config := s.configOf(used, s.drain, "")
-	during(cut, func() {
+	load := func() {
 		if err := caddy.Load([]byte(config), true); err != nil {
 			s.add("reload: %v", err)
 		}
-	})
-	for _, b := range back {
-		b.absent.Add(1)
+	}
+	if s.drain == longDrain {
+		load()
+	} else {
+		during(cut, load)
 	}
 }
 
 const longDrain = "1h"
-
-func isOdd(n *atomic.Uint64) bool { return n.Load()%2 == 1 }
 
 // failToLoad loads a config that can't be run, in one of several ways.
 func (s *soak) failToLoad() {
@@ -211,16 +253,6 @@ func (s *soak) failToLoad() {
 	if err := caddy.Load([]byte(config), true); err == nil {
 		s.add("a bad config was loaded")
 	}
-}
-
-// absences tells, for the bookkeeper, how often each backend left the config or
-// came back; odd while its series may end.
-func (s *soak) absences() map[string]uint64 {
-	counts := make(map[string]uint64)
-	for _, b := range s.backends {
-		counts[b.address] = b.absent.Load()
-	}
-	return counts
 }
 
 // connect makes one connection of a random kind and judges how it went.
@@ -266,21 +298,14 @@ func (s *soak) haveBeen(before []uint64, backend int) bool {
 func (s *soak) requireAccounts() {
 	t := s.t
 	eventually(t, func() bool { return open.n.Load() == 0 }, "all connections ended")
-	lines := soakLog.lines(t)
+	lines, stalled := soakLog.lines(t)
 	require.Equal(t, len(s.records)+s.excused, len(lines), "one line for each connection")
+	require.Equal(t, s.stalled.total(), len(stalled))
 
-	var sum totals
 	byClient := make(map[string][]soakLine)
 	for _, l := range lines {
-		require.NotEmpty(t, l.Backend, "%+v", l)
+		require.True(t, l.Backend != "" || l.left(), "%+v", l)
 		byClient[l.Client] = append(byClient[l.Client], l)
-		sum.connections++
-		sum.received += l.Received
-		sum.sent += l.Sent
-		sum.errors += l.Attempts - 1 // the last one worked
-		if l.Reason == reasonDrainTimeout.String() {
-			sum.cut++
-		}
 	}
 	for _, r := range s.records {
 		i := slices.IndexFunc(byClient[r.client], r.agrees)
@@ -288,27 +313,67 @@ func (s *soak) requireAccounts() {
 		byClient[r.client] = slices.Delete(byClient[r.client], i, i+1)
 	}
 	views := registry.snapshot()
-	require.Len(t, views, 1)
-	total := views[0].total()
-	require.LessOrEqual(t, total.retries, total.errors)
-	sum.retries = total.retries // not of the last failure of a round
-	require.Equal(t, sum, total)
-	for _, b := range views[0].backends {
-		_, active, _ := b.stats.connections()
-		require.Zero(t, active, b.address)
+	require.Len(t, views, 2)
+	requireSum(t, lines, views[0].total())
+	requireSum(t, stalled, views[1].total())
+	for _, v := range views {
+		require.Zero(t, v.active.Load())
+		require.Zero(t, v.waiters.n.Load())
+		for _, b := range v.backends {
+			_, active, _ := b.stats.connections()
+			require.Zero(t, active, b.address)
+		}
 	}
+	s.stalled.log(t)
 	t.Logf("%d connections went well, %d ended with their backend, %d of them by the drain timeout; %v",
-		len(s.records), s.excused, sum.cut, s.did)
+		len(s.records), s.excused, views[0].total().cut, s.did)
+}
+
+// sumOf is what a pool's counters have to say, and how many connects there were
+// of which that can't be told.
+func sumOf(lines []soakLine) (sum totals, unclear uint64) {
+	for _, l := range lines {
+		if l.Attempts > 0 {
+			sum.errors += l.Attempts - 1
+		}
+		if l.Backend == "" {
+			unclear += min(l.Attempts, 1) // the last one failed, or ended with the client
+			continue
+		}
+		sum.connections++
+		sum.received += l.Received
+		sum.sent += l.Sent
+		if l.Reason == reasonDrainTimeout.String() {
+			sum.cut++
+		}
+	}
+	return sum, unclear
+}
+
+func requireSum(t testing.TB, lines []soakLine, total totals) {
+	t.Helper()
+	sum, unclear := sumOf(lines)
+	require.LessOrEqual(t, total.retries, total.errors)
+	require.GreaterOrEqual(t, total.errors, sum.errors)
+	require.LessOrEqual(t, total.errors, sum.errors+unclear)
+	sum.retries, sum.errors = total.retries, total.errors // not of the last failure of a round
+	require.Equal(t, sum, total)
 }
 
 // soakLine is a line of the access log.
 type soakLine struct {
+	LB       string `json:"lb"`
 	Client   string `json:"client"`
 	Backend  string `json:"backend"`
 	Attempts uint64 `json:"attempts"`
 	Received uint64 `json:"received_bytes"`
 	Sent     uint64 `json:"sent_bytes"`
 	Reason   string `json:"reason"`
+}
+
+// left reports whether the client ended it.
+func (l soakLine) left() bool {
+	return l.Reason == reasonClientClosed.String() || l.Reason == reasonClientReset.String()
 }
 
 // soakRecord is what a client knows of its connection.
@@ -326,7 +391,7 @@ type soakRecord struct {
 func (r soakRecord) agrees(l soakLine) bool {
 	switch {
 	case r.aborted:
-		return l.Reason == r.why.String() || l.Reason == reasonBackendReset.String() || l.Reason == reasonDrainTimeout.String()
+		return l.left() || l.Reason == reasonBackendReset.String() || l.Reason == reasonDrainTimeout.String()
 	case l.Received != r.received || l.Sent != r.sent:
 		return false
 	default:
@@ -365,14 +430,18 @@ func (m *logMemory) reset() {
 	m.buf.Reset()
 }
 
-func (m *logMemory) lines(t testing.TB) (list []soakLine) {
+func (m *logMemory) lines(t testing.TB) (list, stalled []soakLine) {
 	t.Helper()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for d := json.NewDecoder(&m.buf); d.More(); {
 		var l soakLine
 		require.NoError(t, d.Decode(&l))
-		list = append(list, l)
+		if l.LB == stallPool {
+			stalled = append(stalled, l)
+		} else {
+			list = append(list, l)
+		}
 	}
-	return list
+	return list, stalled
 }

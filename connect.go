@@ -1,0 +1,234 @@
+package tcplb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+var (
+	errNoBackend  = errors.New("no backend available")
+	errClientLeft = errors.New("the client left before it had a backend")
+	errAbandoned  = errors.New("the drain timeout is over")
+)
+
+// link is a connection to a backend, and what it took.
+type link struct {
+	backend  *Backend
+	conn     net.Conn
+	release  func() // of the backend, after conn is closed
+	attempts int
+	took     time.Duration // of the successful connect alone
+	failed   failedConnects
+}
+
+// search is one client's way to a backend. Each step is in the client's own
+// goroutine, but for a look at the client while a connect takes long.
+type search struct {
+	pool   *pool
+	client net.Addr
+	began  time.Time
+	link
+
+	waiter waiter
+	left   reason // how the client left; reasonNone = it is there
+}
+
+// find connects the client to a backend of g, or of a newer config once there is
+// one. A failed connect moves on at once to a backend that was not tried, up to
+// the number of retries. When none is left, and within tryDuration, it starts
+// over: as soon as a backend becomes available or another config runs, and
+// every tryInterval.
+//
+// The error joins those of the last round and matches errNoBackend,
+// errClientLeft or errAbandoned.
+func (s *search) find(g *generation) error {
+	defer s.pool.waiters.leave(&s.waiter)
+	for {
+		changes := s.pool.changes.Load()
+		err := s.round(g)
+		if err == nil || !errors.Is(err, errNoBackend) {
+			return err
+		}
+		wait := min(g.tryInterval, time.Until(s.began.Add(g.tryDuration)))
+		if wait <= 0 {
+			g.wantProbes()
+			return err
+		}
+		if !isClosed(g.stopped) {
+			s.wait(g, changes, wait)
+		}
+		if s.left != reasonNone {
+			return errClientLeft
+		}
+		if newest := registry.newest(g.name); newest != nil {
+			g = newest
+		} else if isClosed(g.stopped) {
+			return err
+		}
+	}
+}
+
+// wait returns after the time, when the client has left, or when the pool has
+// changed since the count was taken.
+func (s *search) wait(g *generation, changes uint64, d time.Duration) {
+	s.pool.waiters.enter(&s.waiter)
+	g.wantProbes()
+	if s.pool.changes.Load() == changes {
+		s.left = s.waiter.wait(time.Now().Add(d))
+	}
+}
+
+// round tries each backend at most once.
+func (s *search) round(g *generation) error {
+	var (
+		tried []*Backend
+		errs  = []error{errNoBackend}
+	)
+	for range 1 + g.retries {
+		if s.pool.abandoned.Load() {
+			return errAbandoned
+		}
+		b := g.pick(s.client, tried)
+		if b == nil {
+			break
+		}
+		if len(tried) > 0 {
+			tried[len(tried)-1].stats.retries.Add(1)
+		}
+		tried = append(tried, b)
+		s.attempts++
+		held, release := b.hold()
+		conn, took, err := s.dial(g, held)
+		if err == nil {
+			s.backend, s.conn, s.release, s.took = held, conn, release, took
+			return nil
+		}
+		release()
+		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {
+			return err
+		}
+		s.noteFailure(g, held, err)
+		errs = append(errs, fmt.Errorf("dialing backend %q: %w", held.address, err))
+	}
+	return errors.Join(errs...)
+}
+
+// watchAfter is how long a connect may take before it is worth a look whether
+// the client is still there.
+const watchAfter = 50 * time.Millisecond
+
+// dial connects to the backend. A client that leaves meanwhile, or a drain
+// timeout that ends, ends it.
+func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	var (
+		connected atomic.Bool
+		watched   = make(chan struct{})
+	)
+	timer := time.AfterFunc(watchAfter, func() {
+		defer close(watched)
+		s.watchDuring(&connected, cancel)
+	})
+	began := time.Now()
+	conn, err := g.dial(ctx, b.target, g.dialTimeout)
+	took := time.Since(began)
+	if !timer.Stop() {
+		connected.Store(true)
+		s.pool.waiters.wake(&s.waiter)
+		<-watched
+	}
+	if s.left != reasonNone || err != nil && ctx.Err() != nil {
+		if conn != nil {
+			_ = conn.Close()
+		}
+		return nil, took, context.Cause(ctx)
+	}
+	b.setConnect(began.Add(took), err)
+	b.noteConnect(took, err)
+	return conn, took, err
+}
+
+// watchDuring cancels a connect that is not to go on. It is dial's, which ends
+// it and waits for it.
+func (s *search) watchDuring(connected *atomic.Bool, cancel context.CancelCauseFunc) {
+	s.pool.waiters.enter(&s.waiter)
+	for !connected.Load() {
+		if s.pool.abandoned.Load() {
+			cancel(errAbandoned)
+			return
+		}
+		if s.left = s.waiter.wait(time.Time{}); s.left != reasonNone {
+			cancel(errClientLeft)
+			return
+		}
+	}
+}
+
+// noteConnect counts a connect. One that failed has the backend checked, unless
+// the fault was on this side.
+func (b *Backend) noteConnect(took time.Duration, err error) {
+	if err == nil {
+		b.stats.dialTime.observe(took)
+		return
+	}
+	b.stats.errors[classify(err)].Add(1)
+	b.setError(err)
+	if !isScarcity(err) {
+		b.checkSoon()
+	}
+}
+
+// noteFailure keeps a failed connect for the access log.
+func (s *search) noteFailure(g *generation, b *Backend, err error) {
+	if c := g.logger.Check(zap.DebugLevel, "connect failed"); c != nil {
+		c.Write(zap.String("lb", g.name), zap.Stringer("client", s.client), zap.String("backend", b.address),
+			zap.Int("attempt", s.attempts), errorField(err))
+	}
+	if len(s.failed) == maxFailedConnects {
+		s.failed = append(s.failed[:0], s.failed[1:]...)
+	}
+	s.failed = append(s.failed, failedConnect{b.address, err})
+}
+
+// maxFailedConnects is how many failed connects of one client are kept, the
+// last ones; attempts counts them all.
+const maxFailedConnects = 16
+
+type failedConnect struct {
+	backend string
+	err     error
+}
+
+// failedConnects is a field of the access log.
+type failedConnects []failedConnect
+
+// MarshalLogArray implements zapcore.ArrayMarshaler.
+func (l failedConnects) MarshalLogArray(enc zapcore.ArrayEncoder) error {
+	for _, f := range l {
+		if err := enc.AppendObject(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// MarshalLogObject implements zapcore.ObjectMarshaler.
+func (f failedConnect) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	enc.AddString("backend", f.backend)
+	enc.AddString("error", oneLine(f.err))
+	return nil
+}
+
+// oneLine is the error's text, of joined errors too, for a line of the log.
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+
+func errorField(err error) zap.Field { return zap.String("error", oneLine(err)) }

@@ -1,0 +1,119 @@
+package tcplb
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// The clients that stall have a pool of their own, whose idle timeout is within
+// the time for which they do.
+const (
+	stallPool    = "stalls"
+	stallTimeout = 300 * time.Millisecond
+	stallSize    = 16 << 20 // more than all the buffers on the way
+)
+
+var stallOptions = fmt.Sprintf(`"idle_timeout":%q,`, stallTimeout)
+
+// stallCounts is what became of them.
+type stallCounts struct{ completed, cut, silent atomic.Int64 }
+
+func (n *stallCounts) total() int {
+	return int(n.completed.Load() + n.cut.Load() + n.silent.Load())
+}
+
+func (n *stallCounts) log(t testing.TB) {
+	t.Logf("of those who stalled, %d went on to the end and %d were cut, as were %d who said nothing",
+		n.completed.Load(), n.cut.Load(), n.silent.Load())
+}
+
+// naps is for how long a backend leaves an upload unread.
+func (b *soakBackend) naps() time.Duration { return rand.N(2 * stallTimeout) }
+
+// stall makes one connection that has to end all the same: by its idle timeout,
+// with a reset, or in order if whoever stalled goes on in time.
+func (s *soak) stall(rnd *rand.Rand) {
+	c := &soakClient{rnd: rnd}
+	conn, err := net.DialTimeout("tcp", s.stalls, hangTimeout)
+	if err != nil {
+		s.add("connecting: %v", err)
+		return
+	}
+	defer conn.Close()
+	c.conn = conn.(*net.TCPConn)
+	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
+	kind, count := "a download nobody reads", &s.stalled.completed
+	switch rnd.IntN(3) {
+	case 0:
+		err = c.stalledDownload()
+	case 1:
+		kind, err = "an upload nobody reads", c.stalledUpload()
+	default:
+		kind, count = "silence", &s.stalled.silent
+		if _, err = io.ReadFull(c.conn, make([]byte, 1)); isReset(err) {
+			err = nil
+		}
+	}
+	if isReset(err) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		count, err = &s.stalled.cut, nil
+	}
+	count.Add(1)
+	if err != nil {
+		s.add("%s: %v", kind, err)
+	}
+}
+
+// stalledDownload reads nothing for a while, and then all.
+func (c *soakClient) stalledDownload() error {
+	if err := c.write(binary.BigEndian.AppendUint32([]byte{soakDownload}, stallSize)); err != nil {
+		return err
+	}
+	pause(rand.N(2*stallTimeout), nil)
+	id, err := c.read(1)
+	if err != nil {
+		return err
+	}
+	body, err := c.read(stallSize)
+	if err != nil {
+		return err
+	}
+	var got, want hashing
+	_, _ = got.Write(body)
+	_, _ = io.CopyN(&want, &pattern{seed: id[0]}, stallSize)
+	if got != want {
+		return errors.New("got something else")
+	}
+	return c.end(reasonBackendClosed)
+}
+
+// stalledUpload sends what the backend will not read for a while.
+func (c *soakClient) stalledUpload() error {
+	if err := c.write([]byte{soakUpload}); err != nil {
+		return err
+	}
+	seed := byte(c.rnd.Uint32())
+	if _, err := io.CopyN(c.conn, &pattern{seed: seed}, stallSize); err != nil {
+		return err
+	}
+	_ = c.conn.CloseWrite() // if it can't, read says why
+	if _, err := c.read(1); err != nil {
+		return err
+	}
+	sum, err := c.read(4)
+	if err != nil {
+		return err
+	}
+	var want hashing
+	_, _ = io.CopyN(&want, &pattern{seed: seed}, stallSize)
+	if binary.BigEndian.Uint32(sum) != want.sum {
+		return errors.New("the backend got something else")
+	}
+	return c.end(reasonClientClosed)
+}
