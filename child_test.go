@@ -2,10 +2,12 @@ package tcplb
 
 import (
 	"encoding/json"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,8 +19,6 @@ import (
 	"github.com/mholt/caddy-l4/layer4"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
-
-	"net"
 )
 
 // childEnv makes the test binary a Caddy with this module, for tests that need
@@ -130,4 +130,19 @@ func (c *child) line(t *testing.T, text string) (fields map[string]any) {
 // layer4Connection is what caddy-l4 makes of an accepted connection.
 func layer4Connection(c net.Conn) *layer4.Connection {
 	return layer4.WrapConnection(c, make([]byte, 0, 2048), zap.NewNop())
+}
+
+// scrape returns the value of the series that begins so, from a child's admin
+// endpoint.
+func scrape(t testing.TB, admin, series string) float64 {
+	t.Helper()
+	status, body := request(t, http.MethodGet, "http://"+admin+"/metrics", "")
+	require.Equal(t, 200, status)
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + `\S* (\S+)$`).FindStringSubmatch(body)
+	if m == nil {
+		return 0
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	require.NoError(t, err)
+	return v
 }

@@ -105,19 +105,3 @@ func TestSecondTerminateEndsAtOnce(t *testing.T) {
 	require.Equal(t, 0, c.wait(t))
 	require.EqualValues(t, 1, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
 }
-
-// A connect that takes long does not keep the process: drain_timeout is the
-// bound for all that a connection does, and the log says so.
-func TestExitEndsConnects(t *testing.T) {
-	hole, lb := blackHole(t), freeAddress(t)
-	options := `"dial_timeout":"1h","drain_timeout":"1s",` + checksDisabled + ","
-	c := startChild(t, strings.Replace(lbConfig("tcp_lb/"+lb, options+backendsJSON(hole)+"}"), `"ERROR"`, `"DEBUG"`, 1))
-	eventually(t, func() bool { return listens(lb) }, "listening")
-	conn := dialClient(t, lb)
-	write(t, conn, "x")
-	c.line(t, conn.LocalAddr().String()) // it was accepted
-	c.signal(t, terminate)
-	require.LessOrEqual(t, c.line(t, "waiting for open connections")["at_most"], 2.0)
-	expectClosed(t, conn)
-	require.Equal(t, 0, c.wait(t))
-}

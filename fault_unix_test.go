@@ -5,6 +5,7 @@ package tcplb
 import (
 	"context"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -147,4 +148,20 @@ func TestDialTargetTriesAllAddresses(t *testing.T) {
 	require.ErrorContains(t, err, "dial tcp: lookup "+host)
 	require.ErrorContains(t, err, "no such host")
 	require.Equal(t, dialOther, classify(err))
+}
+
+// A connect that takes long does not keep the process: drain_timeout is the
+// bound for all that a connection does, and the log says so.
+func TestExitEndsConnects(t *testing.T) {
+	hole, lb := blackHole(t), freeAddress(t)
+	options := `"dial_timeout":"1h","drain_timeout":"1s",` + checksDisabled + ","
+	c := startChild(t, strings.Replace(lbConfig("tcp_lb/"+lb, options+backendsJSON(hole)+"}"), `"ERROR"`, `"DEBUG"`, 1))
+	eventually(t, func() bool { return listens(lb) }, "listening")
+	conn := dialClient(t, lb)
+	write(t, conn, "x")
+	c.line(t, conn.LocalAddr().String()) // it was accepted
+	c.signal(t, terminate)
+	require.LessOrEqual(t, c.line(t, "waiting for open connections")["at_most"], 2.0)
+	expectClosed(t, conn)
+	require.Equal(t, 0, c.wait(t))
 }

@@ -138,8 +138,9 @@ type server struct {
 // startServer listens on a free address.
 func startServer(t testing.TB, handle func(*net.TCPConn)) *server {
 	t.Helper()
-	s := &server{t: t, address: freeAddress(t), handle: handle, conns: make(map[*net.TCPConn]bool)}
-	s.start()
+	ln := listen(t)
+	s := &server{t: t, address: ln.Addr().String(), handle: handle, conns: make(map[*net.TCPConn]bool)}
+	s.startOn(ln)
 	t.Cleanup(s.kill)
 	return s
 }
@@ -148,6 +149,10 @@ func (s *server) start() {
 	s.t.Helper()
 	ln, err := net.Listen("tcp", s.address)
 	require.NoError(s.t, err)
+	s.startOn(ln)
+}
+
+func (s *server) startOn(ln net.Listener) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.ln = ln

@@ -4,10 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
-	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -16,21 +13,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
-
-// scrape returns the value of the series that begins so, from a child's admin
-// endpoint.
-func scrape(t testing.TB, admin, series string) float64 {
-	t.Helper()
-	status, body := request(t, http.MethodGet, "http://"+admin+"/metrics", "")
-	require.Equal(t, 200, status)
-	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + `\S* (\S+)$`).FindStringSubmatch(body)
-	if m == nil {
-		return 0
-	}
-	v, err := strconv.ParseFloat(m[1], 64)
-	require.NoError(t, err)
-	return v
-}
 
 func (c *child) openFiles(t testing.TB) int {
 	t.Helper()

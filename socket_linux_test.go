@@ -181,6 +181,10 @@ func TestWasResetWithoutTheFirstSubflow(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 		assert.Equal(t, unix.BPF_TCP_CLOSE, gone(), "the first subflow is closed")
+		if _, err := near.Write([]byte("x")); err != nil {
+			skip = "this kernel has ended the connection with its last subflow"
+			return
+		}
 		assert.False(t, wasReset(near))
 	})
 	if skip != "" {
