@@ -23,15 +23,18 @@ const (
 var stallOptions = fmt.Sprintf(`"idle_timeout":%q,`, stallTimeout)
 
 // stallCounts is what became of them.
-type stallCounts struct{ completed, cut, silent atomic.Int64 }
+type stallCounts struct {
+	completed, cut, silent atomic.Int64
+	early                  atomic.Int64 // cut ahead of the handler
+}
 
 func (n *stallCounts) total() int {
 	return int(n.completed.Load() + n.cut.Load() + n.silent.Load())
 }
 
 func (n *stallCounts) log(t testing.TB) {
-	t.Logf("of those who stalled, %d went on to the end and %d were cut, as were %d who said nothing",
-		n.completed.Load(), n.cut.Load(), n.silent.Load())
+	t.Logf("of those who stalled, %d went on to the end and %d were cut, as were %d who said nothing, and %d who said too little to reach a pool",
+		n.completed.Load(), n.cut.Load(), n.silent.Load(), n.early.Load())
 }
 
 // naps is for how long a backend leaves an upload unread.
@@ -116,4 +119,23 @@ func (c *soakClient) stalledUpload() error {
 		return errors.New("the backend got something else")
 	}
 	return c.end(reasonClientClosed)
+}
+
+// beSilent connects to a port that wants to know first what the client speaks,
+// and says nothing or the least that is no answer to that.
+func (s *soak) beSilent(rnd *rand.Rand) {
+	conn, err := net.DialTimeout("tcp", s.silences, hangTimeout)
+	if err != nil {
+		s.add("connecting: %v", err)
+		return
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
+	if rnd.IntN(2) == 0 {
+		_, _ = conn.Write([]byte{22}) // of a TLS hello
+	}
+	s.stalled.early.Add(1)
+	if _, err := io.ReadFull(conn, make([]byte, 1)); !isReset(err) {
+		s.add("silence ahead of the handler: %v", err)
+	}
 }

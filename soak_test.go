@@ -62,7 +62,8 @@ type soak struct {
 	t        testing.TB
 	rnd      *rand.Rand // the driver's; each client has its own
 	lb       string
-	stalls   string // the address for clients that stall
+	stalls   string // the address for clients that stall, …
+	silences string // … and for those that never get as far as the handler
 	backends []*soakBackend
 	drain    string         // drain_timeout of the running config
 	did      map[string]int // what, how often
@@ -90,12 +91,13 @@ type soakBackend struct {
 
 func startSoak(t testing.TB, seed uint64) *soak {
 	s := &soak{
-		t:      t,
-		rnd:    rand.New(rand.NewPCG(seed, 0)),
-		lb:     freeAddress(t),
-		stalls: freeAddress(t),
-		did:    make(map[string]int),
-		stop:   make(chan struct{}),
+		t:        t,
+		rnd:      rand.New(rand.NewPCG(seed, 0)),
+		lb:       freeAddress(t),
+		stalls:   freeAddress(t),
+		silences: freeAddress(t),
+		did:      make(map[string]int),
+		stop:     make(chan struct{}),
 	}
 	for i := range 5 {
 		b := &soakBackend{id: byte(i)}
@@ -111,6 +113,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 	}
 	for i := range 8 {
 		s.repeat(seed, 100+i, s.stall)
+		s.repeat(seed, 200+i, s.beSilent)
 	}
 	return s
 }
@@ -131,12 +134,15 @@ func (s *soak) configOf(backends []*soakBackend, drain, more string) string {
 	for _, b := range backends {
 		list = append(list, fmt.Sprintf(`{"address":%q,"weight":%d}`, b.address, 1+s.rnd.IntN(5)))
 	}
-	server := func(name, listen, more string) string {
-		return fmt.Sprintf(`%q:{"listen":["tcp_lb/%s"],"routes":[{"handle":[{"handler":"tcp_lb","name":%q,"drain_timeout":%q,"access_log":true,
+	server := func(listen, match, name, more string) string {
+		return fmt.Sprintf(`%q:{"listen":["tcp_lb/%s"],"routes":[{%s"handle":[{"handler":"tcp_lb","name":%q,"drain_timeout":%q,"access_log":true,
 			"load_balancing":{"retries":10,"try_duration":"30s","try_interval":"10ms"},%s,%s"backends":[%s]}]}]}`,
-			name, listen, name, drain, fastChecks, more, strings.Join(list, ","))
+			listen, listen, match, name, drain, fastChecks, more, strings.Join(list, ","))
 	}
-	config := layer4Config(server(soakPool, s.lb, more) + "," + server(stallPool, s.stalls, more+stallOptions))
+	config := layer4Config(server(s.lb, "", soakPool, more) + "," +
+		server(s.silences, `"match":[{"tls":{}}],`, soakPool, more) + "," +
+		server(s.stalls, "", stallPool, more+stallOptions))
+	config = strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb":{"handshake_timeout":"1s"},`, 1)
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+
 		`"encoder":{"format":"json"},"include":["layer4.handlers.tcp_lb.access"]},`, 1)
 }
@@ -244,7 +250,7 @@ func (s *soak) failToLoad() {
 	config := s.configOf(s.backends[:1], "0s", `"max_connections":1,`)
 	switch s.rnd.IntN(3) {
 	case 0:
-		config = strings.Replace(config, `"max_connections":1`, `"max_connections":-1`, 1)
+		config = strings.ReplaceAll(config, `"max_connections":1`, `"max_connections":-1`)
 	case 1:
 		config = strings.Replace(config, `"apps":{`, `"apps":{"http":{"servers":{"srv":{"listen":["unix//nonexistent/socket"]}}},`, 1)
 	case 2:
@@ -324,6 +330,7 @@ func (s *soak) requireAccounts() {
 			require.Zero(t, active, b.address)
 		}
 	}
+	require.EqualValues(t, s.stalled.early.Load(), metric(t, "listener_connections_closed_total", labels("reason", "handshake_timeout")))
 	s.stalled.log(t)
 	t.Logf("%d connections went well, %d ended with their backend, %d of them by the drain timeout; %v",
 		len(s.records), s.excused, views[0].total().cut, s.did)
