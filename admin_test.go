@@ -66,9 +66,9 @@ func TestUncheckedUntilTheFirstProbe(t *testing.T) {
 		require.Equal(t, "down", b.health())
 		require.Equal(t, "refused", b.status("").LastConnectError)
 		f.fail(one, nil)
-		_, err = connect(g) // which has it probed
+		_, err = connect(g) // which has it probed: each probe takes a second
 		require.Error(t, err)
-		time.Sleep(time.Second)
+		time.Sleep(5 * time.Second)
 		require.Equal(t, "up", b.health())
 		l, err = connect(g)
 		require.NoError(t, err)
