@@ -104,6 +104,7 @@ func TestPoolsEndpoint(t *testing.T) {
 	for range rounds {
 		echoed(t, lb, 100)
 	}
+	eventually(t, func() bool { return open.n.Load() == 0 }, "room for two")
 	held := []interface{ Close() error }{hold(t, lb), hold(t, lb)}
 	refused(t, lb)
 	eventually(t, func() bool {

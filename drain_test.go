@@ -12,15 +12,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// holdOne opens a connection through the balancer.
-func holdOne(t testing.TB, lb string) *net.TCPConn {
-	t.Helper()
-	c := dialClient(t, lb)
-	write(t, c, "x")
-	expect(t, c, "x")
-	return c
-}
-
 // A removal is drained by the config that brings it: in both directions the
 // timeout of the config before does not count.
 func TestDrainTimeoutOfTheNewConfigHolds(t *testing.T) {
@@ -30,7 +21,7 @@ func TestDrainTimeoutOfTheNewConfigHolds(t *testing.T) {
 		return lbConfig("tcp_lb/"+lb, fmt.Sprintf(`"drain_timeout":%q,%s}`, drain, backendsJSON(addresses...)))
 	}
 	runCaddy(t, config("0s", a.address, b.address))
-	first, second := holdOne(t, lb), holdOne(t, lb)
+	first, second := hold(t, lb), hold(t, lb)
 	reload(t, config("1h", a.address)) // b would be cut at once otherwise
 	write(t, second, "still here")
 	expect(t, second, "still here")
@@ -56,7 +47,7 @@ func TestDrainingLeavesTraces(t *testing.T) {
 	}
 	var held []*net.TCPConn
 	for range 5 { // one was used to see whether it listens
-		held = append(held, holdOne(t, lb))
+		held = append(held, hold(t, lb))
 	}
 	active := func(backend string) float64 {
 		return scrape(t, admin, fmt.Sprintf(`tcp_lb_connections_active{backend=%q,lb="web"}`, backend))

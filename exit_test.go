@@ -97,7 +97,7 @@ func TestSecondTerminateEndsAtOnce(t *testing.T) {
 	config := strings.Replace(lbConfig(lb, `"drain_timeout":"1h",`+backendsJSON(s.address)+"}"), `"ERROR"`, `"INFO"`, 1)
 	c := startChild(t, config)
 	eventually(t, func() bool { return listens(lb) }, "listening")
-	conn := holdOne(t, lb)
+	conn := hold(t, lb)
 	c.signal(t, terminate)
 	c.line(t, "waiting for open connections")
 	c.signal(t, terminate)
