@@ -47,31 +47,31 @@ type search struct {
 // over: as soon as a backend becomes available or another config runs, and
 // every tryInterval.
 //
-// The error joins those of the last round and matches errNoBackend,
-// errClientLeft or errAbandoned.
-func (s *search) find(g *generation) error {
+// It returns the generation that served in the end. The error joins those of the
+// last round and matches errNoBackend, errClientLeft or errAbandoned.
+func (s *search) find(g *generation) (*generation, error) {
 	defer s.pool.waiters.leave(&s.waiter)
 	for {
 		changes := s.pool.changes.Load()
 		err := s.round(g)
 		if err == nil || !errors.Is(err, errNoBackend) {
-			return err
+			return g, err
 		}
 		wait := min(g.tryInterval, time.Until(s.began.Add(g.tryDuration)))
 		if wait <= 0 {
 			g.wantProbes()
-			return err
+			return g, err
 		}
 		if !isClosed(g.stopped) {
 			s.wait(g, changes, wait)
 		}
 		if s.left != reasonNone {
-			return errClientLeft
+			return g, errClientLeft
 		}
 		if newest := registry.newest(g.name); newest != nil {
 			g = newest
 		} else if isClosed(g.stopped) {
-			return err
+			return g, err
 		}
 	}
 }

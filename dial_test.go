@@ -63,7 +63,7 @@ func down(f *fakeNet, addresses ...string) {
 // connect is what a client's goroutine does, without a client to look at.
 func connect(g *generation) (link, error) {
 	s := search{pool: g.pool, client: &net.TCPAddr{}, began: time.Now()}
-	err := s.find(g)
+	_, err := s.find(g)
 	return s.link, err
 }
 

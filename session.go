@@ -63,8 +63,8 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 	client := clientConn(cx)
 	find := search{pool: s.pool, client: cx.RemoteAddr(), began: s.began}
 	find.waiter.client, find.waiter.silent = cx, client != cx && len(cx.MatchingBytes()) == 0
-	s.err = find.find(g)
-	s.link = find.link
+	g, s.err = find.find(g)
+	s.link, s.drainTimeout = find.link, g.drainTimeout
 	if s.err != nil {
 		s.why = find.failure(s.err)
 		return false

@@ -46,17 +46,18 @@ func TestWaitingClientsAreServedByTheNewestConfig(t *testing.T) {
 			config := func(address string) string {
 				return lbConfig(network+lb, patient+","+fastChecks+","+backendsJSON(address)+"}")
 			}
+			last := strings.Replace(config(s.address), patient, patient+`,"idle_timeout":"50ms"`, 1)
 			runCaddy(t, config(dead))
 			eventually(t, func() bool { return !backendStatuses(t)[dead].Healthy }, "down")
 			clients := waitingClients(t, lb, 20)
 			reload(t, config(dead)+" ") // still dead: they wait on
-			reload(t, config(s.address))
+			reload(t, last)
 			for i, c := range clients {
 				expect(t, c, fmt.Sprintf("%04d", i))
-				require.NoError(t, c.CloseWrite())
-				expectEOF(t, c)
+				expectReset(t, c) // as its idle_timeout says
 			}
 			requireBooksBalance(t, 20)
+			require.EqualValues(t, 20, metric(t, "connections_closed_total", labels("reason", "idle_timeout")))
 			require.Zero(t, metric(t, "connections_closed_total", labels("reason", "no_backend")))
 		})
 	}
