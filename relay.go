@@ -171,7 +171,7 @@ func (r *relay) runDirection(d *direction) {
 // other direction has passed an end of file on to the source, that closes for
 // good in order, and there is no telling: so it is asked before and after.
 func (d *direction) srcLost() bool {
-	return d.src.raw != nil && !d.dst.finished.Load() && wasReset(d.src.base) && !d.dst.finished.Load()
+	return !d.dst.finished.Load() && wasReset(d.src.base) && !d.dst.finished.Load()
 }
 
 // sourceLost passes a reset of the source on, once the destination has all that
