@@ -64,6 +64,7 @@ type poolSummary struct {
 	Available        int    `json:"available"` // of those
 	Draining         int    `json:"draining"`  // backends that left the config and have yet to end
 	Active           uint64 `json:"active"`
+	Waiting          int64  `json:"waiting"` // for a backend, or for a connect that takes long
 	ConnectionsTotal uint64 `json:"connections_total"`
 	ErrorsTotal      uint64 `json:"errors_total"` // failed connects
 	RetriesTotal     uint64 `json:"retries_total"`
@@ -111,6 +112,7 @@ func (v poolView) summary() poolSummary {
 		ConnectionsTotal: t.connections,
 		ErrorsTotal:      t.errors,
 		RetriesTotal:     t.retries,
+		Waiting:          v.waiters.n.Load(),
 		NoBackend:        v.closed[reasonNoBackend].Load(),
 		MaxConnections:   v.closed[reasonMaxConnections].Load(),
 		ReceivedBytes:    t.received,

@@ -66,6 +66,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err := a.events.On("started", &starter{app: a}); err != nil {
 		return err
 	}
+	if err := a.events.On("stopping", &stopper{app: a}); err != nil {
+		return err
+	}
 	return registerMetrics(ctx)
 }
 
@@ -81,6 +84,19 @@ func (s *starter) Handle(_ context.Context, e caddy.Event) error {
 		s.app.generations[name].begin()
 	}
 	adviseOfListeners(s.app.servers, s.app.ctx.Logger())
+	return nil
+}
+
+// stopper is called before the first app of the config is stopped. On an exit
+// Caddy stops one after the other, and an HTTP server may take its time.
+type stopper struct{ app *App }
+
+// Handle implements caddyevents.Handler.
+func (s *stopper) Handle(_ context.Context, e caddy.Event) error {
+	if e.Origin() == nil && caddy.Exiting() {
+		listenForTermination()
+		return s.app.Stop()
+	}
 	return nil
 }
 
@@ -170,4 +186,5 @@ var (
 	_ caddy.Provisioner   = (*App)(nil)
 	_ caddy.CleanerUpper  = (*App)(nil)
 	_ caddyevents.Handler = (*starter)(nil)
+	_ caddyevents.Handler = (*stopper)(nil)
 )

@@ -35,6 +35,7 @@ type Backend struct {
 	retired  bool // dropped from its pool: nothing counts it any more
 	sessions map[*session]struct{}
 	drain    *time.Timer // runs once no config names it
+	drainEnd time.Time   // when that is
 	cutAt    bool        // the drain timeout is over: later sessions end at once
 	drained  drained
 
@@ -161,9 +162,18 @@ func (b *Backend) enter(s *session) bool {
 	defer b.mu.Unlock()
 	b.sessions[s] = struct{}{}
 	if b.users == 0 && b.drain == nil { // adopted
-		b.drainLocked(s.drainTimeout)
+		b.drain = time.AfterFunc(time.Until(b.drainEnd), b.cut)
 	}
 	return !b.cutAt
+}
+
+// serves reports whether a new connection may stay: not one to a backend that
+// has left the config, if there is another config or the drain timeout is over.
+func (b *Backend) serves() bool {
+	b.mu.Lock()
+	users, end, p := b.users, b.drainEnd, b.pool
+	b.mu.Unlock()
+	return users > 0 || p.newest.Load() == nil && time.Now().Before(end)
 }
 
 // leave counts the session as ended.
@@ -181,23 +191,30 @@ type drained struct {
 	cut  int
 }
 
-// startDraining gives the open sessions d to end by themselves, and returns how
-// many there are.
-func (b *Backend) startDraining(d time.Duration) (open int) {
+// startDraining gives the open sessions until then to end by themselves, and
+// returns how many there are.
+func (b *Backend) startDraining(until time.Time) (open int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.drain == nil {
 		b.drained = drained{open: len(b.sessions)}
-		b.drainLocked(d)
+		b.drainEnd = until
+		b.drain = time.AfterFunc(time.Until(until), b.cut)
 	}
 	return b.drained.open
 }
 
-func (b *Backend) drainLocked(d time.Duration) {
-	if b.holds > 0 {
-		drainsBy(time.Now().Add(d))
+// drainBefore ends draining by then.
+func (b *Backend) drainBefore(t time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.users > 0 || !b.drainEnd.After(t) {
+		return
 	}
-	b.drain = time.AfterFunc(d, b.cut)
+	b.drainEnd = t
+	if b.drain != nil {
+		b.drain.Reset(time.Until(t))
+	}
 }
 
 // stopDraining returns how many sessions were being drained.
@@ -208,7 +225,7 @@ func (b *Backend) stopDraining() (open int) {
 		b.drain.Stop()
 		open = len(b.sessions)
 	}
-	b.drain, b.cutAt, b.drained = nil, false, drained{}
+	b.drain, b.drainEnd, b.cutAt, b.drained = nil, time.Time{}, false, drained{}
 	return open
 }
 

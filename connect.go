@@ -17,6 +17,7 @@ var (
 	errNoBackend  = errors.New("no backend available")
 	errClientLeft = errors.New("the client left before it had a backend")
 	errAbandoned  = errors.New("the drain timeout is over")
+	errMoved      = errors.New("the backend left the config meanwhile")
 )
 
 // link is a connection to a backend, and what it took.
@@ -48,12 +49,21 @@ type search struct {
 // every tryInterval.
 //
 // It returns the generation that served in the end. The error joins those of the
-// last round and matches errNoBackend, errClientLeft or errAbandoned.
+// last round and matches errNoBackend, errClientLeft or errAbandoned. The caller
+// is counted in the pool's active.
 func (s *search) find(g *generation) (*generation, error) {
 	defer s.pool.waiters.leave(&s.waiter)
 	for {
 		changes := s.pool.changes.Load()
 		err := s.round(g)
+		if errors.Is(err, errMoved) {
+			newest := registry.newest(g.name)
+			if newest == nil {
+				return g, errAbandoned
+			}
+			g = newest
+			continue
+		}
 		if err == nil || !errors.Is(err, errNoBackend) {
 			return g, err
 		}
@@ -93,7 +103,7 @@ func (s *search) round(g *generation) error {
 		errs  = []error{errNoBackend}
 	)
 	for range 1 + g.retries {
-		if s.pool.abandoned.Load() {
+		if s.pool.abandoned() {
 			return errAbandoned
 		}
 		b := g.pick(s.client, tried)
@@ -107,9 +117,15 @@ func (s *search) round(g *generation) error {
 		s.attempts++
 		held, release := b.hold()
 		conn, took, err := s.dial(g, held)
-		if err == nil {
+		if err == nil && held.serves() {
 			s.backend, s.conn, s.release, s.took = held, conn, release, took
+			held.stats.dialTime.observe(took)
 			return nil
+		}
+		if err == nil {
+			_ = conn.Close()
+			release()
+			return errMoved
 		}
 		release()
 		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {
@@ -153,7 +169,9 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 		return nil, took, context.Cause(ctx)
 	}
 	b.setConnect(began.Add(took), err)
-	b.noteConnect(took, err)
+	if err != nil {
+		b.noteFailure(err)
+	}
 	return conn, took, err
 }
 
@@ -162,24 +180,20 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 func (s *search) watchDuring(connected *atomic.Bool, cancel context.CancelCauseFunc) {
 	s.pool.waiters.enter(&s.waiter)
 	for !connected.Load() {
-		if s.pool.abandoned.Load() {
+		if s.pool.abandoned() {
 			cancel(errAbandoned)
 			return
 		}
-		if s.left = s.waiter.wait(time.Time{}); s.left != reasonNone {
+		if s.left = s.waiter.wait(s.pool.drainLimit()); s.left != reasonNone {
 			cancel(errClientLeft)
 			return
 		}
 	}
 }
 
-// noteConnect counts a connect. One that failed has the backend checked, unless
+// noteFailure counts a connect that failed, and has the backend checked unless
 // the fault was on this side.
-func (b *Backend) noteConnect(took time.Duration, err error) {
-	if err == nil {
-		b.stats.dialTime.observe(took)
-		return
-	}
+func (b *Backend) noteFailure(err error) {
 	b.stats.errors[classify(err)].Add(1)
 	b.setError(err)
 	if !isScarcity(err) {

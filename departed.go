@@ -1,7 +1,7 @@
 package tcplb
 
 import (
-	"slices"
+	"maps"
 	"time"
 )
 
@@ -13,12 +13,14 @@ const departedFor = 2 * time.Minute
 // their counters. One that comes back goes on counting. The registry's mutex
 // guards them.
 type departedSeries struct {
-	backends []departedBackend
-	pools    []departedPool
+	backends map[seriesKey]departedBackend
+	pools    map[string]departedPool
 }
 
+// seriesKey is what tells a backend's series from all others.
+type seriesKey struct{ lb, backend string }
+
 type departedBackend struct {
-	lb string
 	*Backend
 	until time.Time
 }
@@ -28,37 +30,33 @@ type departedPool struct {
 	until time.Time
 }
 
+func newDepartedSeries() departedSeries {
+	return departedSeries{backends: make(map[seriesKey]departedBackend), pools: make(map[string]departedPool)}
+}
+
 func (d *departedSeries) add(p *pool, b *Backend) {
-	now := time.Now()
-	d.prune(now)
-	d.backends = append(d.backends, departedBackend{p.name, b, now.Add(departedFor)})
+	d.backends[seriesKey{p.name, b.address}] = departedBackend{b, time.Now().Add(departedFor)}
 }
 
 func (d *departedSeries) addPool(p *pool) {
-	d.pools = append(d.pools, departedPool{p, time.Now().Add(departedFor)})
+	d.pools[p.name] = departedPool{p, time.Now().Add(departedFor)}
 }
 
-// prune forgets those whose time is over.
+// prune forgets those whose time is over. It looks at all.
 func (d *departedSeries) prune(now time.Time) {
-	d.backends = slices.DeleteFunc(d.backends, func(b departedBackend) bool { return !now.Before(b.until) })
-	d.pools = slices.DeleteFunc(d.pools, func(p departedPool) bool { return !now.Before(p.until) })
-}
-
-// forget takes b out.
-func (d *departedSeries) forget(b *Backend) {
-	d.backends = slices.DeleteFunc(d.backends, func(o departedBackend) bool { return o.Backend == b })
+	maps.DeleteFunc(d.backends, func(_ seriesKey, b departedBackend) bool { return !now.Before(b.until) })
+	maps.DeleteFunc(d.pools, func(_ string, p departedPool) bool { return !now.Before(p.until) })
 }
 
 // reviveBackend returns the pool's backend of the address as a new one, but for
-// its counters; nil if there is none.
+// its counters and when its drain timeout ends; nil if there is none.
 func (d *departedSeries) reviveBackend(p *pool, address string) *Backend {
-	d.prune(time.Now())
-	i := slices.IndexFunc(d.backends, func(o departedBackend) bool { return o.lb == p.name && o.address == address })
-	if i < 0 {
+	key := seriesKey{p.name, address}
+	b := d.backends[key].Backend
+	if b == nil {
 		return nil
 	}
-	b := d.backends[i].Backend
-	d.forget(b)
+	delete(d.backends, key)
 	b.setHealthy(true)
 	b.lastCheck.Store(0)
 	b.lastError.Store(nil)
@@ -75,12 +73,7 @@ func (b *Backend) unretire(p *pool) {
 
 // revivePool returns the pool of the name; nil if there is none.
 func (d *departedSeries) revivePool(name string) *pool {
-	d.prune(time.Now())
-	i := slices.IndexFunc(d.pools, func(o departedPool) bool { return o.name == name })
-	if i < 0 {
-		return nil
-	}
-	p := d.pools[i].pool
-	d.pools = slices.Delete(d.pools, i, i+1)
+	p := d.pools[name].pool
+	delete(d.pools, name)
 	return p
 }

@@ -60,13 +60,6 @@ func down(f *fakeNet, addresses ...string) {
 	}
 }
 
-// connect is what a client's goroutine does, without a client to look at.
-func connect(g *generation) (link, error) {
-	s := search{pool: g.pool, client: &net.TCPAddr{}, began: time.Now()}
-	_, err := s.find(g)
-	return s.link, err
-}
-
 func checksOff(h *Handler) {
 	h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Disabled: true}}
 }

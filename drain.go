@@ -2,7 +2,9 @@ package tcplb
 
 import (
 	"context"
+	"os"
 	ossignal "os/signal"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -56,18 +58,28 @@ const exitMargin = time.Second
 // the second, and cuts them. Caddy calls this with the listeners closed and the
 // metrics endpoint still up.
 func drainOnExit(ctx context.Context) {
-	limit := max(0, time.Until(time.Unix(0, drainEnd.Load()))) + exitMargin
+	end := time.Unix(0, max(exitEnd.Load(), time.Now().UnixNano()))
+	registry.drainBefore(end) // also what an earlier config gave more time
+	limit := time.Until(end) + exitMargin
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	logger := caddy.Log().Named("tcp_lb")
 	if n := open.n.Load(); n > 0 {
 		logger.Info("waiting for open connections", zap.Int64("connections", n), zap.Duration("at_most", limit))
 	}
-	impatient, stop := ossignal.NotifyContext(ctx, syscall.SIGTERM)
-	defer stop()
+	impatient, cut := context.WithCancel(ctx)
+	defer cut()
+	listenForTermination()
+	go func() { // ends with impatient
+		select {
+		case <-terminated:
+			cut()
+		case <-impatient.Done():
+		}
+	}()
 	if !open.wait(impatient) && ctx.Err() == nil {
 		logger.Warn("terminated again, cutting the open connections", zap.Int64("connections", open.n.Load()))
-		registry.cutAll()
+		registry.drainBefore(time.Now())
 		open.wait(ctx)
 	}
 	for _, p := range registry.snapshot() {
@@ -75,26 +87,31 @@ func drainOnExit(ctx context.Context) {
 	}
 }
 
-// cutAll ends every connection of pools that no config has any more.
-func (r *poolRegistry) cutAll() {
+// drainBefore ends all that is drained for longer by then.
+func (r *poolRegistry) drainBefore(t time.Time) {
 	for _, p := range r.snapshot() {
-		p.abandon()
+		p.drainBefore(t)
 		for _, b := range p.backends {
-			b.cut()
+			b.drainBefore(t)
 		}
 	}
 }
 
-// drainEnd is when the last drain timeout ends that has begun, in Unix
-// nanoseconds.
-var drainEnd atomic.Int64
+// exitEnd is when the last drain timeout ends that has begun with the exit, in
+// Unix nanoseconds.
+var exitEnd atomic.Int64
 
-// drainsBy notes that connections may be drained until then.
-func drainsBy(t time.Time) {
+// exitsBy notes that connections may be drained until then.
+func exitsBy(t time.Time) {
 	for {
-		old := drainEnd.Load()
-		if t.UnixNano() <= old || drainEnd.CompareAndSwap(old, t.UnixNano()) {
+		old := exitEnd.Load()
+		if t.UnixNano() <= old || exitEnd.CompareAndSwap(old, t.UnixNano()) {
 			return
 		}
 	}
 }
+
+// terminated has the SIGTERMs that come once an exit is under way.
+var terminated = make(chan os.Signal, 1)
+
+var listenForTermination = sync.OnceFunc(func() { ossignal.Notify(terminated, syscall.SIGTERM) })

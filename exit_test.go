@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -104,4 +105,51 @@ func TestSecondTerminateEndsAtOnce(t *testing.T) {
 	expectReset(t, conn)
 	require.Equal(t, 0, c.wait(t))
 	require.EqualValues(t, 1, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
+}
+
+// What an earlier config promised to a backend that it removed ends with the
+// drain timeout of the exit.
+func TestExitEndsOlderDrains(t *testing.T) {
+	a, b := echoServer(t), echoServer(t)
+	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+	config := func(drain string, addresses ...string) string {
+		return strings.Replace(adminConfig(admin, web, "tcp_lb/"+lb, fmt.Sprintf(`"name":"web","drain_timeout":%q,%s}`,
+			drain, backendsJSON(addresses...))), `"PANIC"`, `"INFO"`, 1)
+	}
+	c := startChild(t, config("1h", a.address, b.address))
+	eventually(t, func() bool { return listens(lb) }, "listening")
+	held := []*net.TCPConn{hold(t, lb), hold(t, lb)}
+	for _, drain := range []string{"1h", "100ms"} { // b leaves with the first
+		status, body := request(t, http.MethodPost, "http://"+admin+"/load", config(drain, a.address))
+		require.Equal(t, 200, status, body)
+	}
+	c.signal(t, terminate)
+	require.Less(t, c.line(t, "waiting for open connections")["at_most"], 2.0)
+	for _, conn := range held {
+		expectReset(t, conn)
+	}
+	require.Equal(t, 0, c.wait(t))
+	require.EqualValues(t, 2, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
+}
+
+// Caddy stops its apps one after the other, and an HTTP server waits for its
+// requests. Connections are drained meanwhile.
+func TestExitDoesNotWaitForHTTP(t *testing.T) {
+	for i := range 4 { // Caddy's order is at random
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			s, silent := echoServer(t), startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+			admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+			config := adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web","drain_timeout":"100ms",`+backendsJSON(s.address)+"}")
+			config = strings.Replace(config, `{"handler":"tcp_lb_health"}`, fmt.Sprintf(`{"handler":"reverse_proxy","upstreams":[{"dial":%q}]}`, silent.address), 1)
+			c := startChild(t, config)
+			eventually(t, func() bool { return listens(lb) && listens(web) }, "listening")
+			asks := dialClient(t, web)
+			write(t, asks, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+			eventually(t, func() bool { return silent.acceptedCount() == 1 }, "a request that is not answered")
+			conn := hold(t, lb)
+			c.signal(t, terminate)
+			expectReset(t, conn)
+		})
+	}
 }

@@ -26,17 +26,14 @@ type generation struct {
 	tryDuration  time.Duration
 	tryInterval  time.Duration
 	checks       checkSettings
-	limit        int64 // connections; 0 = the process's
 	dialTimeout  time.Duration
 	idleTimeout  time.Duration // 0 = never
 	drainTimeout time.Duration
-	accessLog    bool
 
 	ctx    caddy.Context // the handler's, for events
 	events *caddyevents.App
-	logger *zap.Logger
-	access *zap.Logger
-	dial   dialFunc
+	voice
+	dial dialFunc
 
 	// standing is whether the pool had an available backend when g took over:
 	// until g's own are checked, that holds for them.
@@ -59,6 +56,13 @@ type generation struct {
 type member struct {
 	target target
 	weight int
+}
+
+// voice is what it takes to log for a pool, when its config may be gone.
+type voice struct {
+	logger, access *zap.Logger
+	accessLog      bool
+	limit          int64 // connections; 0 = the process's
 }
 
 // setLogger gives the access log of each pool a name of its own, by which Caddy's

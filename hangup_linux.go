@@ -64,9 +64,9 @@ func (h *hangup) lookAt(fd uintptr) reason {
 		return reasonNone
 	}
 	switch got := p[0].Revents; {
-	case got&(unix.POLLERR|unix.POLLHUP) != 0:
+	case got&unix.POLLERR != 0:
 		return reasonClientReset
-	case got&unix.POLLRDHUP != 0 && h.silent:
+	case got&(unix.POLLRDHUP|unix.POLLHUP) != 0 && h.silent: // a Unix socket that is closed has POLLHUP
 		if n, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ); err == nil && n == 0 {
 			return reasonClientClosed
 		}

@@ -174,7 +174,7 @@ func (c *checker) run(ctx context.Context) {
 	c.downSince = time.Now()
 	timer := time.NewTimer(0) // the first probe is at once
 	defer timer.Stop()
-	first := true
+	first, again := true, false
 	for c.wait(ctx, timer) {
 		took, err := c.probe(ctx)
 		if ctx.Err() != nil {
@@ -184,6 +184,13 @@ func (c *checker) run(ctx context.Context) {
 		if isScarcity(err) { // which says nothing of the backend
 			c.backend.setError(err)
 			c.next(timer, checks.fastInterval)
+			continue
+		}
+		if first && !again && isReset(err) {
+			// The first probe decides alone. With a reload it may have met with the
+			// end of a listener that another one follows, of this very process.
+			again = true
+			c.next(timer, min(wantedSpacing, checks.fastInterval))
 			continue
 		}
 		c.judge(err, took)
@@ -299,7 +306,6 @@ func (c *checker) connect(ctx context.Context) error {
 // judge counts a result, and on a transition tells everyone.
 func (c *checker) judge(err error, took time.Duration) {
 	b, g := c.backend, c.settings.Load()
-	defer c.judged.Store(true) // when the verdict holds
 	b.stats.checkTime.observe(took)
 	if err == nil {
 		b.stats.checksPassed.Add(1)
@@ -312,19 +318,28 @@ func (c *checker) judge(err error, took time.Duration) {
 
 	was := c.verdict
 	c.verdict = was.next(err == nil, g.checks.passes, g.checks.fails)
-	if c.verdict.down == was.down {
-		return
+	turned := false
+	if c.verdict.down != was.down {
+		turned = c.turn(g, err)
 	}
+	if first := !c.judged.Swap(true); first || turned {
+		g.pool.changed()
+	}
+}
+
+// turn makes the verdict that c came to known. It reports false if c was stopped
+// meanwhile.
+func (c *checker) turn(g *generation, err error) bool {
 	c.downSince = time.Now()
 	outdated, turned := registry.turn(c, err)
 	if !turned {
-		return
+		return false
 	}
 	for _, each := range outdated {
 		each.rebuild()
 	}
-	g.pool.changed()
-	b.logTurn(g, err)
+	c.backend.logTurn(g, err)
+	return true
 }
 
 // turn applies the verdict that c came to, down for the error, and returns the

@@ -72,8 +72,8 @@ func (collector) Collect(out chan<- prometheus.Metric) {
 		m := emitter{out: out, lb: p.name}
 		m.unserved(p.pool)
 	}
-	for _, b := range departedBackends {
-		m := emitter{out: out, lb: b.lb, backend: b.address}
+	for key, b := range departedBackends {
+		m := emitter{out: out, lb: key.lb, backend: key.backend}
 		m.counters(b.Backend)
 	}
 }

@@ -353,6 +353,30 @@ func TestPanicAtTheEndIsContained(t *testing.T) {
 	require.Zero(t, active)
 }
 
+// Nor a wrapper's.
+func TestPanicInCloseIsContained(t *testing.T) {
+	watchLeftovers(t)
+	g, logs := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
+	g.start()
+	defer g.stop()
+	far, near := net.Pipe()
+	defer near.Close()
+	require.NoError(t, far.Close())
+	g.serve(layer4Connection(panickingConn{near}))
+	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
+	b := g.members[0].Backend
+	opened, active, _ := b.stats.connections()
+	require.EqualValues(t, 1, opened)
+	require.Zero(t, active)
+	require.Empty(t, b.sessions)
+	require.Zero(t, b.Load())
+	require.Zero(t, g.pool.active.Load())
+}
+
+type panickingConn struct{ net.Conn }
+
+func (panickingConn) Close() error { panic("not today") }
+
 // panickingCore is an encoder with a bug, as anybody's module may have.
 type panickingCore struct{ zapcore.Core }
 

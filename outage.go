@@ -15,15 +15,14 @@ type outage struct {
 	before uint64    // clients that had been turned away by then
 }
 
-// update returns what has changed, and what there was to the outage that ended.
-func (o *outage) update(available bool, turnedAway uint64) (began, ended bool, lasted time.Duration, missed uint64) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
+// updateLocked returns what has changed, and what there was to the outage that
+// ended.
+func (o *outage) updateLocked(now availability, turnedAway uint64) (began, ended bool, lasted time.Duration, missed uint64) {
 	switch on := !o.began.IsZero(); {
-	case !available && !on:
+	case now == noneAvailable && !on:
 		o.began, o.before = time.Now(), turnedAway
 		return true, false, 0, 0
-	case available && on:
+	case now == someAvailable && on:
 		lasted = time.Since(o.began)
 		o.began = time.Time{}
 		return false, true, lasted, turnedAway - o.before
@@ -38,7 +37,10 @@ func (p *pool) reportOutage() {
 	if g == nil {
 		return
 	}
-	began, ended, lasted, missed := p.outage.update(g.hasAvailable(), p.closed[reasonNoBackend].Load())
+	o := &p.outage
+	o.mu.Lock() // to the end, so that lines come in order
+	defer o.mu.Unlock()
+	began, ended, lasted, missed := o.updateLocked(g.availability(), p.closed[reasonNoBackend].Load())
 	switch {
 	case began:
 		g.logger.Warn("no backend is available, clients are turned away or wait",
@@ -49,13 +51,26 @@ func (p *pool) reportOutage() {
 	}
 }
 
-func (g *generation) hasAvailable() bool {
+// availability is that of a pool's backends.
+type availability int
+
+const (
+	noneAvailable  availability = iota
+	untoldOfOthers              // none is that a check has found up, some have yet to be checked
+	someAvailable
+)
+
+func (g *generation) availability() availability {
+	a := noneAvailable
 	for _, m := range g.members {
-		if m.Backend.Available() {
-			return true
+		if b := m.Backend; b.Available() {
+			if !g.checks.enabled || b.isChecked() {
+				return someAvailable
+			}
+			a = untoldOfOthers
 		}
 	}
-	return false
+	return a
 }
 
 // logLines are lines that are found while a lock is held, and written later.
@@ -82,7 +97,7 @@ func (p *pool) logEnd(t totals) {
 	caddy.Log().Named("tcp_lb").Info("pool ended",
 		zap.String("lb", p.name),
 		zap.Uint64("connections", t.connections),
-		zap.Uint64("cut_by_drain_timeout", t.cut),
+		zap.Uint64("cut_by_drain_timeout", t.cut+p.closed[reasonDrainTimeout].Load()),
 		zap.Uint64("no_backend", p.closed[reasonNoBackend].Load()),
 		zap.Uint64("max_connections", p.closed[reasonMaxConnections].Load()),
 		zap.Uint64("received_bytes", t.received),

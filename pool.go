@@ -18,22 +18,24 @@ type pool struct {
 	name string
 
 	// newest is the generation that was started last and still runs; nil once
-	// none runs. last is that one or the one before.
-	newest, last atomic.Pointer[generation]
-	active       atomic.Int64 // connections being handled, with a backend or without
-	demand       demand       // for probes
+	// none runs.
+	newest atomic.Pointer[generation]
+	voice  atomic.Pointer[voice] // of that one or the last that was; never nil once one ran
+	active atomic.Int64          // connections being handled, with a backend or without
+	demand demand                // for probes
 
-	closed              [numReasons]atomic.Uint64 // connections that ended before they had a backend
-	refusals, overLimit notice
+	closed                         [numReasons]atomic.Uint64 // connections that ended before they had a backend
+	refusals, overLimit, overFiles notice
 
-	waiters   waiters
-	changes   atomic.Uint64 // of availability, and of the newest generation
-	abandoned atomic.Bool   // no config has the pool any more, and the drain timeout is over
-	outage    outage
+	waiters waiters
+	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd
+	// drainEnd is when the drain timeout ends, once no config has the pool, in Unix
+	// nanoseconds; 0 = one has.
+	drainEnd atomic.Int64
+	outage   outage
 
 	// generations are the running ones, oldest first; guarded by the registry.
 	generations []*generation
-	giveUp      *time.Timer         // abandons the pool, once no generation runs; guarded by the registry
 	backends    map[string]*Backend // by address; guarded by the registry
 	gone        totals              // of backends that were dropped; guarded by the registry
 }
@@ -59,7 +61,7 @@ func (s *stats) totals() totals {
 // outlived theirs. Its mutex guards the structure: which pools, generations,
 // backends and checkers exist. It is taken before a backend's own mutex, never
 // after, and never while picking or relaying.
-var registry = &poolRegistry{pools: make(map[string]*pool)}
+var registry = &poolRegistry{pools: make(map[string]*pool), departed: newDepartedSeries()}
 
 type poolRegistry struct {
 	mu       sync.Mutex
@@ -93,6 +95,7 @@ func (r *poolRegistry) backendLocked(p *pool, t target) *Backend {
 // start makes g the newest generation of its pool.
 func (r *poolRegistry) start(g *generation) {
 	r.mu.Lock()
+	r.departed.prune(time.Now())
 	p := r.poolLocked(g.name)
 	var prev Picker
 	if old := p.newest.Load(); old != nil {
@@ -127,6 +130,7 @@ func (r *poolRegistry) start(g *generation) {
 // its apps have started.
 func (r *poolRegistry) stop(g *generation) {
 	r.mu.Lock()
+	r.departed.prune(time.Now())
 	p := g.pool
 	p.generations = slices.DeleteFunc(p.generations, func(o *generation) bool { return o == g })
 	var newest *generation
@@ -137,9 +141,13 @@ func (r *poolRegistry) stop(g *generation) {
 	timeout := g.drainTimeout
 	if newest != nil {
 		timeout = newest.drainTimeout
-	} else {
-		p.giveUp = time.AfterFunc(timeout, p.abandon)
-		drainsBy(time.Now().Add(timeout))
+	}
+	until := time.Now().Add(timeout)
+	if newest == nil {
+		p.drainEnd.Store(until.UnixNano())
+		if caddy.Exiting() {
+			exitsBy(until)
+		}
 	}
 	var lines logLines
 	for _, m := range g.members {
@@ -151,23 +159,27 @@ func (r *poolRegistry) stop(g *generation) {
 		if !unused {
 			continue
 		}
-		if open := b.startDraining(timeout); open > 0 && !caddy.Exiting() {
+		if open := b.startDraining(until); open > 0 && !caddy.Exiting() {
 			lines.add("backend left the config, draining its connections",
 				zap.String("lb", p.name), zap.String("backend", b.address),
-				zap.Int("connections", open), zap.Time("until", time.Now().Add(timeout)))
+				zap.Int("connections", open), zap.Time("until", until))
 		}
 	}
 	revived := r.settleLocked(p)
 	for _, m := range g.members {
 		r.dropIfUnusedLocked(m.Backend)
 	}
-	ended := r.forgetIfEmptyLocked(p)
+	ended, did := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
 	announceUp(newest, revived)
+	if newest == nil && !ended && !caddy.Exiting() {
+		lines.add("pool left the config, draining its connections",
+			zap.String("lb", p.name), zap.Int64("connections", p.active.Load()), zap.Time("until", until))
+	}
 	lines.write(p.logger())
 	p.changed()
 	if ended {
-		p.logEnd(p.gone)
+		p.logEnd(did)
 	}
 }
 
@@ -177,23 +189,28 @@ func (p *pool) setNewestLocked(g *generation) {
 	if g == nil {
 		return
 	}
-	p.last.Store(g)
-	if p.giveUp != nil {
-		p.giveUp.Stop()
-		p.giveUp = nil
-	}
-	p.abandoned.Store(false)
+	v := g.voice // a copy: a pointer into g would keep all of it
+	p.voice.Store(&v)
+	p.drainEnd.Store(0)
 }
 
-// abandon ends the search of clients that have no backend by now.
-func (p *pool) abandon() {
-	registry.mu.Lock()
-	over := p.newest.Load() == nil // else a config has it again, just as the timer fired
-	if over {
-		p.abandoned.Store(true)
+// drainLimit returns when a search for a backend has to be over; zero while a
+// config has the pool.
+func (p *pool) drainLimit() time.Time {
+	if end := p.drainEnd.Load(); end != 0 {
+		return time.Unix(0, end)
 	}
-	registry.mu.Unlock()
-	if over {
+	return time.Time{}
+}
+
+func (p *pool) abandoned() bool {
+	end := p.drainEnd.Load()
+	return end != 0 && time.Now().UnixNano() >= end
+}
+
+// drainBefore ends what is drained for longer by then.
+func (p *pool) drainBefore(t time.Time) {
+	if end := p.drainEnd.Load(); end > t.UnixNano() && p.drainEnd.CompareAndSwap(end, t.UnixNano()) {
 		p.changed()
 	}
 }
@@ -204,15 +221,6 @@ func (p *pool) changed() {
 	p.changes.Add(1)
 	p.waiters.wakeAll()
 	p.reportOutage()
-}
-
-// voice returns the generation whose logs are the pool's: the newest or, once
-// none runs, the last that did.
-func (p *pool) voice() *generation {
-	if g := p.newest.Load(); g != nil {
-		return g
-	}
-	return p.last.Load()
 }
 
 // logger returns the newest config's. Once there is none its log may be closed,
@@ -287,7 +295,7 @@ func (r *poolRegistry) retire(b *Backend) {
 	r.mu.Lock()
 	p := b.pool
 	was, dropped := r.dropIfUnusedLocked(b)
-	ended := r.forgetIfEmptyLocked(p)
+	ended, did := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
 	if dropped && was.open > 0 && !caddy.Exiting() {
 		p.logger().Info("backend is drained",
@@ -295,7 +303,21 @@ func (r *poolRegistry) retire(b *Backend) {
 			zap.Int("connections", was.open), zap.Int("cut_by_drain_timeout", was.cut))
 	}
 	if ended {
-		p.logEnd(p.gone)
+		p.logEnd(did)
+	}
+}
+
+// leave counts a connection as handled. The last one of a pool that no config
+// has takes that with it.
+func (p *pool) leave() {
+	if p.active.Add(-1) > 0 || p.newest.Load() != nil {
+		return
+	}
+	registry.mu.Lock()
+	ended, did := registry.forgetIfEmptyLocked(p)
+	registry.mu.Unlock()
+	if ended {
+		p.logEnd(did)
 	}
 }
 
@@ -318,17 +340,14 @@ func (r *poolRegistry) dropIfUnusedLocked(b *Backend) (was drained, dropped bool
 }
 
 // forgetIfEmptyLocked drops a pool that no config and no connection needs any
-// more, and reports whether it did.
-func (r *poolRegistry) forgetIfEmptyLocked(p *pool) bool {
-	if len(p.generations) > 0 || len(p.backends) > 0 || r.pools[p.name] != p {
-		return false
+// more, and reports whether it did, and what the pool did.
+func (r *poolRegistry) forgetIfEmptyLocked(p *pool) (forgotten bool, did totals) {
+	if len(p.generations) > 0 || len(p.backends) > 0 || p.active.Load() > 0 || r.pools[p.name] != p {
+		return false, totals{}
 	}
 	delete(r.pools, p.name)
-	if p.giveUp != nil {
-		p.giveUp.Stop()
-	}
 	r.departed.addPool(p)
-	return true
+	return true, p.gone
 }
 
 // newest returns the newest running generation of the name, or nil.
@@ -369,7 +388,7 @@ func (r *poolRegistry) snapshot() []poolView {
 
 // snapshotWithDeparted returns in one look what has departed and is still shown,
 // too.
-func (r *poolRegistry) snapshotWithDeparted() ([]poolView, []departedPool, []departedBackend) {
+func (r *poolRegistry) snapshotWithDeparted() ([]poolView, map[string]departedPool, map[seriesKey]departedBackend) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.departed.prune(time.Now())
@@ -385,5 +404,5 @@ func (r *poolRegistry) snapshotWithDeparted() ([]poolView, []departedPool, []dep
 		views = append(views, v)
 	}
 	slices.SortFunc(views, func(a, b poolView) int { return strings.Compare(a.name, b.name) })
-	return views, slices.Clone(r.departed.pools), slices.Clone(r.departed.backends)
+	return views, maps.Clone(r.departed.pools), maps.Clone(r.departed.backends)
 }

@@ -15,7 +15,7 @@ const (
 	reasonNoBackend                        // no backend could be reached
 	reasonMaxConnections                   // over the connection limit
 	reasonError                            // anything else: a TLS error, a panic
-	reasonBackendClosedEarly               // the backend closed first, and before it had sent a byte
+	reasonBackendClosedEarly               // the backend closed first, at once and before it had sent a byte
 	numReasons
 )
 

@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
 	"go.uber.org/zap"
 )
@@ -16,8 +15,7 @@ import (
 // session is one client's connection, from the handler's call to its end. It
 // keeps nothing of the config that accepted it: connections may outlive many.
 type session struct {
-	pool         *pool
-	drainTimeout time.Duration
+	pool *pool
 	// client is what the handler was called with, or the accepted connection
 	// inside it where that was taken over.
 	client    net.Conn
@@ -33,7 +31,7 @@ type session struct {
 // connection could be taken over, by itself.
 func (g *generation) serve(cx *layer4.Connection) {
 	open.enter() // finish leaves
-	s := &session{pool: g.pool, drainTimeout: g.drainTimeout, client: cx, began: time.Now()}
+	s := &session{pool: g.pool, client: cx, began: time.Now()}
 	if !s.begin(g, cx) {
 		s.finish()
 		return
@@ -64,7 +62,7 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 	find := search{pool: s.pool, client: cx.RemoteAddr(), began: s.began}
 	find.waiter.client, find.waiter.silent = cx, client != cx && len(cx.MatchingBytes()) == 0
 	g, s.err = find.find(g)
-	s.link, s.drainTimeout = find.link, g.drainTimeout
+	s.link = find.link
 	if s.err != nil {
 		s.why = find.failure(s.err)
 		return false
@@ -106,43 +104,63 @@ func (s *session) finish() {
 	if s.release != nil {
 		defer s.release()
 	}
-	s.close()
+	s.contain(s.closeBackend)
+	s.contain(s.closeClient)
 	duration := time.Since(s.began)
 	if s.relay != nil {
 		s.why = s.relay.reason()
-		if s.why == reasonBackendClosed && s.relay.down.moved.Load() == 0 {
+		if s.why == reasonBackendClosed && s.relay.down.moved.Load() == 0 && duration < earlyClose {
 			s.why = reasonBackendClosedEarly
 		}
 		s.backend.leave(s, s.why, duration)
 	} else {
 		s.pool.closed[s.why].Add(1)
 	}
+	if s.leavePool != nil {
+		s.leavePool()
+	}
 	s.log(duration)
 }
 
-// close closes both connections, and gives the client's place free after that.
-func (s *session) close() {
+// earlyClose is within what time a backend that sends nothing and closes did not
+// want the connection. Later it may be one that only receives, or one at rest.
+const earlyClose = time.Second
+
+// contain calls what may be anybody's code: a wrapper's Close.
+func (s *session) contain(f func()) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.pool.logPanic(v, debug.Stack())
+		}
+	}()
+	f()
+}
+
+func (s *session) closeBackend() {
 	if s.conn != nil {
 		_ = s.conn.Close()
 	}
+}
+
+// closeClient closes a client that was admitted. Others are their listener's.
+func (s *session) closeClient() {
 	if s.leavePool == nil {
 		return
+	}
+	if tcp, ok := innermost(s.client).(*net.TCPConn); ok && s.relay == nil && s.why == reasonDrainTimeout {
+		_ = tcp.SetLinger(0) // cut, as others are
 	}
 	if c, ok := s.client.(*acceptedConn); ok {
 		_ = c.end()
 	} else {
 		_ = s.client.Close()
 	}
-	s.leavePool()
 }
 
 // log says how the connection ended, through the newest config's log: that of
 // the one which accepted the connection may be closed.
 func (s *session) log(duration time.Duration) {
-	to := s.pool.voice()
-	if to == nil {
-		return
-	}
+	to := s.pool.voice.Load()
 	if s.why == reasonNoBackend {
 		s.logRefusal(to)
 	}
@@ -153,15 +171,17 @@ func (s *session) log(duration time.Duration) {
 
 // logRefusal says that a client was turned away: each at level DEBUG, and once
 // a minute how many at WARN.
-func (s *session) logRefusal(to *generation) {
+func (s *session) logRefusal(to *voice) {
 	if c := to.logger.Check(zap.DebugLevel, "no backend could be reached"); c != nil {
 		c.Write(zap.String("lb", s.pool.name), zap.Stringer("client", s.client.RemoteAddr()),
 			zap.Int("attempt", s.attempts), errorField(s.err))
 	}
-	if n := s.pool.refusals.due(); n > 0 {
-		to.logger.Warn("clients are turned away, no backend could be reached",
-			zap.String("lb", s.pool.name), zap.Uint64("clients", n), errorField(s.err))
-	}
+	s.pool.refusals.add(s.pool.warnOfRefusals)
+}
+
+func (p *pool) warnOfRefusals(clients uint64) {
+	p.voice.Load().logger.Warn("clients are turned away, no backend could be reached",
+		zap.String("lb", p.name), zap.Uint64("clients", clients))
 }
 
 // logAccess writes the connection's line. Its frame is large; finish, in which
@@ -207,8 +227,8 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 	p := g.pool
 	if n := p.active.Add(1); g.limit > 0 && n > g.limit {
-		p.active.Add(-1)
-		g.warnOfLimit(g.limit)
+		p.leave()
+		p.overLimit.add(p.warnOfLimit)
 		return nil, false
 	}
 	release, ok = p.leave, true
@@ -218,44 +238,53 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 		release = p.leaveWithFiles
 	}
 	if !ok {
-		p.active.Add(-1)
-		g.warnOfLimit(files.connections())
+		p.leave()
+		p.overFiles.add(p.warnOfFiles)
 		return nil, false
 	}
 	return release, true
 }
 
-// warnOfLimit logs that connections are being refused, once a minute at most.
-func (g *generation) warnOfLimit(limit int64) {
-	if n := g.pool.overLimit.due(); n > 0 {
-		g.logger.Warn("connection limit reached, closing new connections",
-			zap.String("lb", g.name), zap.Int64("limit", limit), zap.Uint64("clients", n))
-	}
+func (p *pool) warnOfLimit(clients uint64) {
+	to := p.voice.Load()
+	to.logger.Warn("connection limit reached, closing new connections",
+		zap.String("lb", p.name), zap.Int64("max_connections", to.limit), zap.Uint64("clients", clients))
 }
 
-func (p *pool) leave() { p.active.Add(-1) }
+func (p *pool) warnOfFiles(clients uint64) {
+	p.voice.Load().logger.Warn("connection limit reached, all pools together have the process's files in use, closing new connections",
+		zap.String("lb", p.name), zap.Int64("limit", files.connections()), zap.Uint64("clients", clients))
+}
 
 func (p *pool) leaveWithFiles() {
 	files.releasePair()
 	p.leave()
 }
 
-// notice counts what is worth a line of the log, but not one each.
+// notice is what is worth a line of the log, but not one each: the first has
+// one, and after that there is one a minute for those since.
 type notice struct {
 	unsaid atomic.Uint64
-	next   atomic.Int64 // Unix nanoseconds before which there is no further line
+	open   atomic.Bool // a timer will write the next line
 }
 
-// due counts one more. Once a minute at most it returns how many there were
-// since it last did; else 0.
-func (n *notice) due() uint64 {
+func (n *notice) add(write func(count uint64)) {
 	n.unsaid.Add(1)
-	now := time.Now().UnixNano()
-	next := n.next.Load()
-	if now < next || !n.next.CompareAndSwap(next, now+int64(time.Minute)) {
-		return 0
+	if n.open.CompareAndSwap(false, true) {
+		n.writeOut(write)
 	}
-	return n.unsaid.Swap(0)
+}
+
+func (n *notice) writeOut(write func(count uint64)) {
+	if count := n.unsaid.Swap(0); count > 0 {
+		write(count)
+		time.AfterFunc(time.Minute, func() { n.writeOut(write) })
+		return
+	}
+	n.open.Store(false)
+	if n.unsaid.Load() > 0 && n.open.CompareAndSwap(false, true) { // it came just now
+		n.writeOut(write)
+	}
 }
 
 // clientConn returns the connection to relay: the socket itself if nothing is
@@ -283,10 +312,6 @@ func prefetched(cx *layer4.Connection) []byte {
 }
 
 func (p *pool) logPanic(value any, stack []byte) {
-	to := caddy.Log().Named("tcp_lb")
-	if g := p.voice(); g != nil {
-		to = g.logger
-	}
-	to.Error("panic while handling a connection",
+	p.voice.Load().logger.Error("panic while handling a connection",
 		zap.String("lb", p.name), zap.Any("panic", value), zap.ByteString("stack", stack))
 }

@@ -2,7 +2,9 @@ package tcplb
 
 import (
 	"net"
+	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -35,6 +37,34 @@ func TestWaitingClientLeaves(t *testing.T) {
 	expectEOF(t, asks)
 	requireBooksBalance(t, 1)
 	require.Zero(t, metric(t, "connections_closed_total", labels("reason", "no_backend")))
+}
+
+// A client that has sent something and closed may want it delivered, whatever
+// kind of socket it comes by.
+func TestMessageOfAClientThatHasLeft(t *testing.T) {
+	for _, network := range []string{"tcp", "unix"} {
+		t.Run(network, func(t *testing.T) {
+			address := "127.0.0.1:0"
+			if network == "unix" {
+				address = filepath.Join(t.TempDir(), "s")
+			}
+			ln, err := net.Listen(network, address)
+			require.NoError(t, err)
+			defer ln.Close()
+			c, err := net.Dial(network, ln.Addr().String())
+			require.NoError(t, err)
+			s, err := ln.Accept()
+			require.NoError(t, err)
+			defer s.Close()
+			write(t, c, "message")
+			require.NoError(t, c.Close())
+			w := waiter{watch: watchHangup(s, true)}
+			require.Equal(t, reasonNone, w.wait(time.Now().Add(50*time.Millisecond)), "its end is there by now")
+			require.NoError(t, s.SetReadDeadline(time.Time{}))
+			expect(t, s, "message")
+			require.Equal(t, reasonClientClosed, watchHangup(s, true).look())
+		})
+	}
 }
 
 // Nor does one that leaves while its connect is under way.

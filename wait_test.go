@@ -137,7 +137,6 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 		synctest.Wait()
 		warnings := func() (list []any) {
 			for _, l := range logs.FilterMessageSnippet("clients are turned away, ").All() {
-				require.NotContains(t, l.ContextMap()["error"], "\n")
 				list = append(list, l.ContextMap()["clients"])
 			}
 			return list
@@ -152,8 +151,11 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 		refuse(100)
 		require.Equal(t, []any{uint64(1)}, warnings())
 		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Equal(t, []any{uint64(1), uint64(99)}, warnings(), "none is left out")
+		time.Sleep(time.Hour)
 		refuse(1)
-		require.Equal(t, []any{uint64(1), uint64(100)}, warnings())
+		require.Equal(t, []any{uint64(1), uint64(99), uint64(1)}, warnings(), "a first one at once")
 		require.Equal(t, 101, logs.FilterMessage("no backend could be reached").Len(), "each at DEBUG")
 		require.EqualValues(t, 101, g.pool.closed[reasonNoBackend].Load())
 	})
@@ -186,7 +188,7 @@ func TestCallsForProbesAreBounded(t *testing.T) {
 // The pool's changes reach one who is about to wait.
 func TestNoChangeIsMissed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g, _ := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one) })
+		g, _ := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
 		g.start()
 		defer g.stop()
 		began := time.Now()
@@ -218,6 +220,29 @@ func TestConnectionKeepsNoConfig(t *testing.T) {
 	runtime.AddCleanup(registry.newest(defaultName), func(done chan struct{}) { close(done) }, collected)
 	for i := range 3 { // Caddy keeps the last config or two
 		reload(t, config(2+i))
+	}
+	eventually(t, func() bool {
+		runtime.GC()
+		return isClosed(collected)
+	}, "the config that accepted the connection is collected")
+	write(t, c, "y")
+	expect(t, c, "y")
+}
+
+// Nor do the connections of a pool that has left the config.
+func TestRemovedPoolKeepsNoConfig(t *testing.T) {
+	requireSharedListener(t)
+	watchLeftovers(t)
+	s, lb := echoServer(t), freeAddress(t)
+	config := func(name string) string {
+		return lbConfig("tcp_lb/"+lb, fmt.Sprintf(`"name":%q,"drain_timeout":"1h",%s}`, name, backendsJSON(s.address)))
+	}
+	runCaddy(t, config("v1"))
+	c := hold(t, lb)
+	collected := make(chan struct{})
+	runtime.AddCleanup(registry.newest("v1"), func(done chan struct{}) { close(done) }, collected)
+	for _, name := range []string{"v2", "v3", "v4"} {
+		reload(t, config(name))
 	}
 	eventually(t, func() bool {
 		runtime.GC()
