@@ -118,18 +118,19 @@ func TestExitEndsOlderDrains(t *testing.T) {
 	}
 	c := startChild(t, config("1h", a.address, b.address))
 	eventually(t, func() bool { return listens(lb) }, "listening")
-	held := []*net.TCPConn{hold(t, lb), hold(t, lb)}
+	held := []*net.TCPConn{hold(t, lb), hold(t, lb), hold(t, lb), hold(t, lb)}
 	for _, drain := range []string{"1h", "100ms"} { // b leaves with the first
 		status, body := request(t, http.MethodPost, "http://"+admin+"/load", config(drain, a.address))
 		require.Equal(t, 200, status, body)
 	}
+	c.line(t, "backend left the config, draining")
 	c.signal(t, terminate)
 	require.Less(t, c.line(t, "waiting for open connections")["at_most"], 2.0)
 	for _, conn := range held {
 		expectReset(t, conn)
 	}
 	require.Equal(t, 0, c.wait(t))
-	require.EqualValues(t, 2, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
+	require.EqualValues(t, 4, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
 }
 
 // Caddy stops its apps one after the other, and an HTTP server waits for its
