@@ -125,6 +125,7 @@ func (s *search) round(g *generation) error {
 		if err == nil {
 			_ = conn.Close()
 			release()
+			s.attempts-- // it did not fail
 			return errMoved
 		}
 		release()

@@ -74,6 +74,7 @@ func TestConnectMovesOnFromARemovedBackend(t *testing.T) {
 				l, err := connect(before)
 				require.NoError(t, err)
 				require.Equal(t, two, l.backend.address)
+				require.Equal(t, 1, l.attempts)
 				l.release()
 				after.stop()
 			})
