@@ -25,6 +25,9 @@ func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net
 // variant of RFC 8305 that Go's own dialer has, with each address's share of the
 // time cut so that none is left out. The error is of the first address, unless
 // another says more.
+//
+// Who dials has one file for it. The other family begins beside the first as soon
+// as there is a second one in the budget.
 func connectAny(ctx context.Context, addrs []netip.Addr, port uint16, deadline time.Time, connect connectFunc) (net.Conn, error) {
 	first, second := byFamily(addrs)
 	if len(second) == 0 {
@@ -52,6 +55,13 @@ func connectAny(ctx context.Context, addrs []netip.Addr, port uint16, deadline t
 		}
 	}
 	start()
+	beside := false // a file of the budget is held
+	endBeside := func() {
+		if beside {
+			beside = false
+			files.release(1)
+		}
+	}
 	headStart := time.NewTimer(fallbackDelay)
 	defer headStart.Stop()
 	var won net.Conn
@@ -59,15 +69,24 @@ func connectAny(ctx context.Context, addrs []netip.Addr, port uint16, deadline t
 	for running > 0 {
 		select {
 		case <-headStart.C:
-			start()
+			switch {
+			case started == len(families):
+			case files.acquireGently(1):
+				beside = true
+				start()
+			default:
+				headStart.Reset(fallbackDelay)
+			}
 		case o := <-outcomes:
 			running--
 			switch {
 			case o.err != nil:
 				errs[o.family] = o.err
+				endBeside()
 				start()
 			case won != nil:
 				_ = o.conn.Close()
+				endBeside()
 			default:
 				won, started = o.conn, len(families)
 				cancel()

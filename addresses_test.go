@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -142,6 +143,65 @@ func TestConnectAny(t *testing.T) {
 				for a, isOpen := range f.open {
 					require.False(t, isOpen, a)
 				}
+			})
+		})
+	}
+}
+
+// The file of a second family beside the first is of the budget, for as long as
+// there are two, and the family waits for it.
+func TestConnectAnyTakesAFileForTheSecondFamily(t *testing.T) {
+	const ms = time.Millisecond
+	type times = map[string]time.Duration
+	for _, c := range []struct {
+		name    string
+		takes   times
+		refused string        // the address that ends in an error
+		freed   time.Duration // when there is a file; 0 = at once
+		at      times
+		held    time.Duration // until when the file is
+	}{
+		{"the first loses", times{"10.0.0.1": 100 * ms}, "", 0, times{"fd00::1": 0, "10.0.0.1": 300 * ms}, 400 * ms},
+		{"the second fails", times{"fd00::1": 900 * ms, "10.0.0.1": 100 * ms}, "10.0.0.1", 0, times{"fd00::1": 0, "10.0.0.1": 300 * ms}, 400 * ms},
+		{"there is none at first", times{"10.0.0.1": 200 * ms}, "", 800 * ms, times{"fd00::1": 0, "10.0.0.1": 900 * ms}, 1100 * ms},
+		{"there is none", times{"fd00::1": 700 * ms, "10.0.0.1": 100 * ms}, "fd00::1", time.Hour, times{"fd00::1": 0, "10.0.0.1": 700 * ms}, 0},
+		{"the first fails before", times{"fd00::1": 100 * ms, "10.0.0.1": 500 * ms}, "fd00::1", 0, times{"fd00::1": 0, "10.0.0.1": 100 * ms}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				useAllFiles(t)
+				before := files.used.Load()
+				free := func() { files.release(1) }
+				if c.freed == 0 {
+					free()
+				} else {
+					defer time.AfterFunc(c.freed, free).Stop()
+				}
+				f := &fakeAddresses{t: t, began: time.Now(), takes: c.takes, errs: map[string]error{c.refused: errRefused}, at: times{}, gave: times{}, open: map[string]bool{}}
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					conn, err := connectAny(t.Context(), addrs("fd00::1", "10.0.0.1"), 80, f.began.Add(3*time.Second), f.connect)
+					if assert.NoError(t, err) {
+						assert.NoError(t, conn.Close())
+					}
+				}()
+				if c.held > 0 {
+					time.Sleep(c.held - ms)
+					require.Equal(t, before, files.used.Load(), "held")
+					time.Sleep(2 * ms)
+				} else {
+					<-done
+				}
+				synctest.Wait()
+				if c.freed < time.Since(f.began) {
+					require.Equal(t, before-1, files.used.Load(), "given back")
+					files.used.Add(1) // useAllFiles gives it back
+				} else {
+					require.Equal(t, before, files.used.Load())
+				}
+				<-done
+				require.Equal(t, c.at, f.at)
 			})
 		})
 	}
