@@ -3,7 +3,6 @@ package tcplb
 import (
 	"errors"
 	"io"
-	"math"
 	"net"
 	"runtime/debug"
 	"sync"
@@ -87,7 +86,7 @@ func (r *relay) run() reason {
 func (r *relay) begin(ended func()) {
 	r.ended = ended
 	r.timerMu.Lock()
-	r.timer = time.AfterFunc(min(keepAliveAfter, r.idlePeriod()), r.onTimer)
+	r.timer = time.AfterFunc(r.period(), r.onTimer)
 	r.timerMu.Unlock()
 }
 
@@ -283,13 +282,13 @@ func (i *idleTime) look(count uint64, now time.Time) time.Duration {
 	return now.Sub(i.since)
 }
 
-// idlePeriod is the time between two looks. An idle connection ends no earlier
-// than its timeout after the last byte, and no later than a period after that.
-func (r *relay) idlePeriod() time.Duration {
+// period is the time between two looks. An idle connection ends no earlier than
+// its timeout after the last byte, and no later than a period after that.
+func (r *relay) period() time.Duration {
 	if r.idleTimeout == 0 {
-		return math.MaxInt64
+		return keepAliveAfter
 	}
-	return max(r.idleTimeout/8, time.Millisecond)
+	return min(keepAliveAfter, max(r.idleTimeout/8, time.Millisecond))
 }
 
 // onTimer ends the connection if it was idle for too long.
@@ -303,11 +302,24 @@ func (r *relay) onTimer() {
 		_ = c.SetKeepAliveConfig(keepAlive) // fails if it is closed by now
 	}
 	r.keepsAlive = true
+	r.findReset(&r.client, &r.backend)
+	r.findReset(&r.backend, &r.client)
 	r.timerMu.Lock()
 	defer r.timerMu.Unlock()
-	if r.idleTimeout > 0 && r.running.Load() > 0 {
-		r.timer.Reset(r.idlePeriod())
+	if r.running.Load() > 0 {
+		r.timer.Reset(r.period())
 	}
+}
+
+// findReset looks for a reset of s that nobody else would find: the direction
+// that reads from it waits for room at the other side, and the one that writes
+// to it has nothing to write.
+func (r *relay) findReset(s, other *side) {
+	if s.finished.Load() || s.lost.Load() || s.over.Load() || !hasFailed(s.base) {
+		return
+	}
+	r.conclude(s.reset)
+	deliveries.add(r, other, false)
 }
 
 // count keeps the books for n bytes that were delivered.

@@ -34,8 +34,10 @@ func TestRelayKeepsOldConnectionsAlive(t *testing.T) {
 	defer near.Close()
 	for _, idleTimeout := range []time.Duration{0, time.Hour} {
 		r := newRelay(near, conn, idleTimeout)
-		r.timer = time.NewTimer(time.Hour)
+		r.timer = time.NewTimer(0)
+		<-r.timer.C
 		r.onTimer()
+		require.True(t, r.timer.Stop(), "there is to be another look")
 		for _, o := range keepAliveOptions {
 			require.Equal(t, o.value, socketOptionOf(t, backend, o))
 		}

@@ -17,3 +17,7 @@ func wasReset(net.Conn) bool { return false }
 
 // unsent can't be told here: a reset may overtake the last bytes before it.
 func unsent(net.Conn) int { return 0 }
+
+// hasFailed can't be told here: who resets while what it sent has to wait is
+// found when that goes on, or by the idle timeout.
+func hasFailed(net.Conn) bool { return false }

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"errors"
 	"net"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -60,6 +61,27 @@ func wasReset(conn net.Conn) bool {
 		return nil
 	})
 	return err == nil && events&unix.POLLHUP != 0
+}
+
+// hasFailed reports whether a connection has an error that nobody has taken from
+// it: it was reset, or is lost. An end in order is none.
+func hasFailed(conn net.Conn) bool {
+	var socket syscall.Conn
+	switch c := conn.(type) { // a wrapper's descriptor may be none of ours, or long in coming
+	case *net.TCPConn:
+		socket = c
+	case *net.UnixConn:
+		socket = c
+	default:
+		return false
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return false
+	}
+	failed := false
+	_ = raw.Control(func(fd uintptr) { failed = poll(int(fd), 0)&unix.POLLERR != 0 })
+	return failed
 }
 
 // unsent returns how many bytes written to conn its peer has not acknowledged;

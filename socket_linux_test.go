@@ -153,6 +153,36 @@ func TestWasReset(t *testing.T) {
 	require.False(t, wasReset(near))
 }
 
+func TestHasFailed(t *testing.T) {
+	far, near := tcpPair(t)
+	defer near.Close()
+	write(t, far, "unread")
+	require.NoError(t, far.CloseWrite())
+	require.NoError(t, near.(*net.TCPConn).CloseWrite())
+	expectEOF(t, far)
+	eventually(t, func() bool { return wasReset(near) }, "both ends of file")
+	require.False(t, hasFailed(near), "an end in order")
+
+	far, near = tcpPair(t)
+	require.False(t, hasFailed(near))
+	require.NoError(t, far.SetLinger(0))
+	require.NoError(t, far.Close())
+	eventually(t, func() bool { return hasFailed(near) }, "a reset")
+	require.False(t, hasFailed(opaque{near}))
+	require.NoError(t, near.Close())
+	require.False(t, hasFailed(near), "nothing is known of one that is closed here")
+
+	for _, taken := range []bool{true, false} {
+		far, near := unixPair(t)
+		write(t, near, "x")
+		if taken {
+			expect(t, far, "x")
+		}
+		require.NoError(t, far.Close())
+		require.Equal(t, !taken, hasFailed(near), "a Unix socket's end is an error where something was lost")
+	}
+}
+
 // An MPTCP connection outlives its first subflow, and then ends in order.
 func TestWasResetWithoutTheFirstSubflow(t *testing.T) {
 	var skip string

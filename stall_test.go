@@ -215,6 +215,41 @@ func TestRelayResetWhileTheOtherWayIsStalled(t *testing.T) {
 	})
 }
 
+// A look now and then finds that who sends has reset although nobody reads from
+// it, while what it sent before is stuck. Then the receiver has a time.
+func TestRelayResetWhileItsOwnWayIsStalled(t *testing.T) {
+	requireUnsent(t)
+	variants(t, func(t *testing.T, r *relayed, a, b *net.TCPConn, aIsClient bool) {
+		flood(t, a) // b reads nothing of it
+		moved := func() uint64 { return r.received.Load() + r.sent.Load() }
+		eventually(t, func() bool {
+			before := moved()
+			flood(t, a)
+			return moved() == before
+		}, "a stall")
+		r.relay.onTimer()
+		require.Equal(t, reasonNone, r.relay.reason(), "nothing is wrong with a receiver that is slow")
+		require.NoError(t, a.SetLinger(0))
+		require.NoError(t, a.Close())
+		why := pickReason(aIsClient, reasonClientReset, reasonBackendReset)
+		eventually(t, func() bool {
+			r.relay.onTimer()
+			return r.relay.reason() == why
+		}, "it is found")
+		to := &r.relay.backend
+		if !aIsClient {
+			to = &r.relay.client
+		}
+		d := r.awaited(t)
+		deliveries.mu.Lock()
+		got := d.to
+		deliveries.mu.Unlock()
+		require.Same(t, to, got)
+		expectReset(t, b)
+		require.Equal(t, why, r.reason(t))
+	})
+}
+
 // sealed is a wrapper that nothing can look into, and that can't half-close.
 type sealed struct{ inner net.Conn }
 
