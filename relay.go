@@ -156,10 +156,10 @@ func (r *relay) runDirection(d *direction) {
 		if !d.dst.finished.Load() {
 			d.dst.closeWrite()
 		}
-	case at.over.Load() || errors.Is(err, net.ErrClosed):
+	case at.over.Load():
 		// Ended from here: cut, or by the other direction.
 	case at == d.dst:
-		d.destinationLost()
+		d.destinationLost(err)
 	default:
 		d.sourceLost(err)
 	}
@@ -189,13 +189,17 @@ func (d *direction) sourceLost(err error) {
 // destinationLost ends the source, too: what it sends can't be delivered. Where
 // the destination still had something to say, that comes first: the direction
 // that reads it finds the reset and passes it on, unless the source takes none of it.
-func (d *direction) destinationLost() {
+func (d *direction) destinationLost(err error) {
 	d.dst.lost.Store(true)
 	if d.dst.finished.Load() {
 		d.relay.severDelivered(d.src)
 		return
 	}
-	d.relay.conclude(d.dst.reset)
+	why := d.dst.reset
+	if errors.Is(err, net.ErrClosed) { // by whoever has it, too
+		why = reasonError
+	}
+	d.relay.conclude(why)
 	deliveries.add(d.relay, d.src, false)
 }
 
@@ -337,7 +341,7 @@ const bufferSize = 32 << 10
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
 // move relays until the source ends: nil for an end of file, else an error
-// that matches errSource or errDestination, or net.ErrClosed.
+// that matches errSource or errDestination.
 func (d *direction) move() error {
 	if len(d.first) > 0 {
 		if err := d.write(d.first); err != nil {

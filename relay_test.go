@@ -270,6 +270,26 @@ func TestRelayBackpressure(t *testing.T) {
 	expect(t, r.client, "the other way is free")
 }
 
+// Whoever else has one of the sockets may close it, too: nothing is left open.
+func TestRelayOfWhatAnotherCloses(t *testing.T) {
+	for name, wrap := range map[string]func(net.Conn) net.Conn{"bare": nil, "wrapped": hide} {
+		for _, client := range []bool{true, false} {
+			t.Run(name+"/"+pickReason(client, reasonClientClosed, reasonBackendClosed).String(), func(t *testing.T) {
+				r := startRelay(t, 0, wrap)
+				closed, other := r.relay.client.base, r.backend
+				if !client {
+					closed, other = r.relay.backend.base, r.client
+				}
+				write(t, r.client, "x")
+				expect(t, r.backend, "x")
+				require.NoError(t, closed.Close())
+				expectReset(t, other)
+				require.Equal(t, reasonError, r.reason(t))
+			})
+		}
+	}
+}
+
 func TestRelayCountsLive(t *testing.T) {
 	r := startRelay(t, 0, nil)
 	write(t, r.client, "12345")
