@@ -62,28 +62,30 @@ type handlerJSON struct {
 	} `json:"routes"`
 }
 
+// passing are handlers of caddy-l4 after which a connection goes on, and can be
+// known again. What others do, and wrap it in, can't be told: it may stay there.
+var passing = map[string]bool{
+	"tls": true, "proxy_protocol": true, "throttle": true, "tee": true, "vars": true, "postgres_tls": true,
+}
+
 // leadToTCPLB reports whether connections that enter a route's handlers reach
 // tcp_lb, end, or go on to the next route.
 func leadToTCPLB(handlers []json.RawMessage) bool {
-	for i, raw := range handlers {
+	for _, raw := range handlers {
 		var h handlerJSON
 		if json.Unmarshal(raw, &h) != nil {
 			return false
 		}
-		switch h.Handler {
-		case "tcp_lb", "close", "tls", "proxy_protocol", "throttle", "tee", "vars", "postgres_tls":
-		case "subroute":
+		switch {
+		case h.Handler == "tcp_lb", h.Handler == "close", passing[h.Handler]:
+		case h.Handler == "subroute":
 			for _, r := range h.Routes {
 				if !leadToTCPLB(r.Handle) {
 					return false
 				}
 			}
-		case "echo", "proxy", "socks5":
-			return false
 		default:
-			if i == len(handlers)-1 {
-				return false // it may be where connections stay
-			}
+			return false
 		}
 	}
 	return true

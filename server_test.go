@@ -33,7 +33,7 @@ func TestCoveredServers(t *testing.T) {
 		layer4Routes(lb):                              {true, true},
 		layer4Routes(lb, lb):                          {true, true},
 		layer4Routes(`{"handler":"tls"},` + lb):       {true, true},
-		layer4Routes(`{"handler":"of_others"},` + lb): {true, true},
+		layer4Routes(`{"handler":"of_others"},` + lb): {true, false}, // it may wrap them in what hides them
 		layer4Routes(lb, `{"handler":"of_others"}`):   {true, false},
 		layer4Routes(lb, `{"handler":"close"}`):       {true, true},
 		layer4Routes(lb, `{"handler":"tls"}`):         {true, true},
@@ -46,6 +46,8 @@ func TestCoveredServers(t *testing.T) {
 		layer4Routes(lb) + `,"listen":["udp/:53"]`:    {true, true},
 		layer4Routes(`{"handler":"subroute",` + layer4Routes(lb, `{"handler":"close"}`) + `}`):         {true, true},
 		layer4Routes(`{"handler":"subroute",` + layer4Routes(lb, `{"handler":"echo"}`) + `}`):          {true, false},
+		layer4Routes(`{"handler":"subroute",` + layer4Routes(`{"handler":"of_others"},`+lb) + `}`):     {true, false},
+		layer4Routes(`{"handler":"proxy_protocol"},{"handler":"throttle"},{"handler":"vars"},` + lb):   {true, true},
 		layer4Routes(lb, `{"handler":"subroute",`+layer4Routes(`{"handler":"tls"}`)+`}`):               {true, true},
 		layer4Routes(`{"handler":"tee","branch":[{"handler":"of_others","then":[` + lb + `]}]},` + lb): {true, true},
 		layer4Routes(`{"handler":"of_others","then":[` + lb + `]}`):                                    {true, false},

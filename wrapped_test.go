@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
+	"github.com/mholt/caddy-l4/layer4"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -268,4 +270,35 @@ func TestDatagramsAreRefused(t *testing.T) {
 	defer c.Close()
 	err = handlerOf(t, `{"name":"web"}`).Handle(layer4Connection(c), nil)
 	require.ErrorContains(t, err, `tcp_lb "web" serves TCP connections only, this listener's network is "udp"`)
+}
+
+// seal is a handler of somebody else's, whose wrapper nothing can look into.
+type seal struct{}
+
+func (seal) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "layer4.handlers.tcplb_test_seal", New: func() caddy.Module { return new(seal) }}
+}
+
+func (seal) Handle(cx *layer4.Connection, next layer4.Handler) error {
+	return next.Handle(cx.Wrap(sealed{cx}))
+}
+
+func init() { caddy.RegisterModule(seal{}) }
+
+// One that is served is not taken for one that has yet to reach tcp_lb.
+func TestHandshakeTimeoutSparesTheServedBehindOthersHandlers(t *testing.T) {
+	watchLeftovers(t)
+	s := echoServer(t)
+	lb := freeAddress(t)
+	runCaddy(t, routeConfig("tcp_lb/"+lb, `{"handler":"tcplb_test_seal"}`, "", backendsJSON(s.address)+"}", `"tcp_lb":{"handshake_timeout":"1s"}`))
+	c := hold(t, lb)
+	waiting.mu.Lock()
+	for w := range waiting.lists {
+		assert.Nil(t, w.first, "a connection that is served")
+	}
+	waiting.mu.Unlock()
+	write(t, c, "y")
+	expect(t, c, "y")
+	require.NoError(t, c.CloseWrite())
+	expectEOF(t, c)
 }
