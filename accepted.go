@@ -112,7 +112,7 @@ func evictLongest(wanted func(holds int32) bool) int32 {
 // pair of files or gets it now. It waits while those that hold the rest have
 // yet to come: they will, or give way.
 func (c *acceptedConn) admit() bool {
-	if c.tryAdmit() {
+	if (c.holds.Load() == holdsPair || admitting.Load() == 0) && c.tryAdmit() {
 		return true
 	}
 	admitting.Add(1)

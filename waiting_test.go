@@ -157,6 +157,21 @@ func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
 		c := arrival(t, w, holdsOverflow)
 		require.False(t, <-admitted(c))
 	})
+	t.Run("nobody overtakes it", func(t *testing.T) {
+		watchLeftovers(t)
+		w := newWaitingList(time.Hour)
+		t.Cleanup(w.close)
+		admitting.Add(1)
+		admissions <- struct{}{} // it has its turn, and would get the next pair
+		late, has := arrival(t, w, holdsOverflow), arrival(t, w, holdsPair)
+		require.True(t, <-admitted(has), "who has a pair takes none")
+		done := admitted(late)
+		eventually(t, func() bool { return admitting.Load() == 2 || len(done) > 0 }, "it queues")
+		require.Empty(t, done)
+		admitting.Add(-1)
+		<-admissions
+		require.True(t, <-done)
+	})
 	t.Run("while it waits, those that come get no pair", func(t *testing.T) {
 		watchLeftovers(t)
 		w := newWaitingList(time.Hour)
