@@ -260,8 +260,9 @@ func (r *relay) sever() {
 
 func (r *relay) closeBoth() {
 	defer r.leave()
+	r.backend.close() // no code of others, so it goes first
+	r.client.expire()
 	r.client.close()
-	r.backend.close()
 }
 
 // keepAliveAfter is the age at which a connection to a backend begins to be

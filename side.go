@@ -100,14 +100,22 @@ func (s *side) closeWrite() {
 var longAgo = time.Unix(1, 0)
 
 // sever makes all that waits for the connection fail, now and later, and its
-// close a reset, where there is such a thing. It never blocks.
+// close a reset, where there is such a thing. It never blocks, so it leaves what
+// is no socket to expire.
 func (s *side) sever() {
 	s.over.Store(true)
-	if c, ok := s.base.(*net.TCPConn); ok {
+	switch c := s.base.(type) {
+	case *net.TCPConn:
 		_ = c.SetLinger(0)
+		_ = c.SetDeadline(longAgo)
+	case *net.UnixConn:
+		_ = c.SetDeadline(longAgo)
 	}
-	_ = s.base.SetDeadline(longAgo)
 }
+
+// expire makes what waits for the connection fail, whatever it is: code of
+// somebody else's, which may block, as close may.
+func (s *side) expire() { _ = s.base.SetDeadline(longAgo) }
 
 // close closes the innermost connection: the layers around it could still say a
 // proper goodbye.

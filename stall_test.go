@@ -366,3 +366,22 @@ func TestExitWithAStalledUpload(t *testing.T) {
 	require.Equal(t, 0, c.wait(t))
 	require.EqualValues(t, 1, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
 }
+
+// clumsy is a wrapper that nothing can look into, and whose deadlines block.
+type clumsy struct {
+	sealed
+	free chan struct{}
+}
+
+func (c clumsy) SetDeadline(t time.Time) error {
+	<-c.free
+	return c.sealed.SetDeadline(t)
+}
+
+func TestRelayCutsAroundABlockingDeadline(t *testing.T) {
+	free := make(chan struct{})
+	r := startRelay(t, 0, func(c net.Conn) net.Conn { return clumsy{sealed{c}, free} })
+	defer close(free) // before what waits for the relay
+	within(t, func() { r.relay.cut(reasonDrainTimeout) }, "cut waits")
+	expectReset(t, r.backend)
+}
