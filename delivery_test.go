@@ -129,7 +129,8 @@ func TestDeliveryIsGivenUp(t *testing.T) {
 	for name, after := range map[string]time.Duration{"no progress": deliveryPatience, "in all": deliveryLimit} {
 		t.Run(name, func(t *testing.T) {
 			r, _ := undelivered(t)
-			d := *r.awaited(t) // as if it were another's, to look at it alone
+			its := r.awaited(t)
+			d := delivery{relay: its.relay, to: its.to, last: its.last, began: its.began} // to look at it alone
 			d.left, d.moved = unsent(d.to.base), r.relay.up.moved.Load()+r.relay.down.moved.Load()
 			d.progressed = d.began
 			if after == deliveryLimit {
