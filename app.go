@@ -56,7 +56,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return err
 	}
 	setDefault(&a.HandshakeTimeout, new(caddy.Duration(defaultHandshakeTimeout)))
-	if err := checkDuration("handshake_timeout", *a.HandshakeTimeout, 0); err != nil {
+	if err := checkJSONDuration("handshake_timeout", *a.HandshakeTimeout, 0); err != nil {
 		return err
 	}
 	a.waiting = newWaitingList(time.Duration(*a.HandshakeTimeout))

@@ -45,6 +45,7 @@ func TestGlobalOptionErrors(t *testing.T) {
 		"tcp_lb {\n\t\thandshake_timeout soon\n\t}":                         {"handshake_timeout soon", "such as 10s", "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout -1s\n\t}":                          {"handshake_timeout -1s", "not negative", "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout 9000h\n\t}":                        {"handshake_timeout 9000h", "at most", "Caddyfile:3"},
+		"tcp_lb {\n\t\thandshake_timeout 9us\n\t}":                          {"handshake_timeout 9µs: want 0 or a duration of at least 1ms", "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout 1s 2s\n\t}":                        {"handshake_timeout 1s", `"2s"`, "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout 1s {\n\t\t\tx\n\t\t}\n\t}":         {"handshake_timeout", "no block", "Caddyfile:4"},
 		"tcp_lb {\n\t\thandshake_timeout 1s\n\t\thandshake_timeout 2s\n\t}": {"handshake_timeout is set twice", "Caddyfile:4"},
@@ -68,6 +69,7 @@ func TestHandshakeTimeoutInJSON(t *testing.T) {
 	}
 	for value, want := range map[string]string{
 		`-1`:      "not negative",
+		`10`:      `handshake_timeout 10ns: want 0 or a duration of at least 1ms: write "10s"`,
 		`"9000h"`: "at most",
 		`"soon"`:  "invalid duration",
 	} {

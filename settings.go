@@ -35,6 +35,7 @@ const (
 	maxRetries = 100
 	maxCounts  = 1000
 
+	minDuration = time.Millisecond // but for 0
 	maxDuration = 365 * 24 * time.Hour
 )
 
@@ -97,19 +98,19 @@ func (h *Handler) check() error {
 		checkName(h.Name),
 		checkBackends(h.Backends),
 		checkRange("load_balancing.retries", *lb.Retries, 0, maxRetries),
-		checkDuration("load_balancing.try_duration", lb.TryDuration, 0),
-		checkDuration("load_balancing.try_interval", lb.TryInterval, time.Millisecond),
-		checkDuration("health_checks.active.interval", a.Interval, time.Millisecond),
-		checkDuration("health_checks.active.fast_interval", a.FastInterval, time.Millisecond),
+		checkJSONDuration("load_balancing.try_duration", lb.TryDuration, 0),
+		checkJSONDuration("load_balancing.try_interval", lb.TryInterval, time.Millisecond),
+		checkJSONDuration("health_checks.active.interval", a.Interval, time.Millisecond),
+		checkJSONDuration("health_checks.active.fast_interval", a.FastInterval, time.Millisecond),
 		checkFastInterval("health_checks.active.fast_interval", *a),
-		checkDuration("health_checks.active.timeout", a.Timeout, time.Millisecond),
+		checkJSONDuration("health_checks.active.timeout", a.Timeout, time.Millisecond),
 		checkRange("health_checks.active.passes", a.Passes, 1, maxCounts),
 		checkRange("health_checks.active.fails", a.Fails, 1, maxCounts),
 		checkRange("health_checks.active.port", a.Port, 0, math.MaxUint16),
 		checkRange("max_connections", h.MaxConnections, 0, math.MaxInt32),
-		checkDuration("dial_timeout", h.DialTimeout, time.Millisecond),
-		checkDuration("idle_timeout", *h.IdleTimeout, 0),
-		checkDuration("drain_timeout", *h.DrainTimeout, 0),
+		checkJSONDuration("dial_timeout", h.DialTimeout, time.Millisecond),
+		checkJSONDuration("idle_timeout", *h.IdleTimeout, 0),
+		checkJSONDuration("drain_timeout", *h.DrainTimeout, 0),
 	)
 	if err == nil {
 		return nil
@@ -161,10 +162,22 @@ func checkDuration(option string, d caddy.Duration, low time.Duration) error {
 		return fmt.Errorf("%s %s: want a duration that is not negative", option, time.Duration(d))
 	case time.Duration(d) < low:
 		return fmt.Errorf("%s %s: want a duration of at least %s", option, time.Duration(d), low)
+	case d > 0 && time.Duration(d) < minDuration:
+		return fmt.Errorf("%s %s: want 0 or a duration of at least %s", option, time.Duration(d), minDuration)
 	case time.Duration(d) > maxDuration:
 		return fmt.Errorf("%s %s: want a duration of at most %s", option, time.Duration(d), maxDuration)
 	}
 	return nil
+}
+
+// checkJSONDuration is checkDuration for JSON, where a number has no unit: 10 is
+// taken for seconds by those who write it.
+func checkJSONDuration(option string, d caddy.Duration, low time.Duration) error {
+	err := checkDuration(option, d, low)
+	if d > 0 && time.Duration(d) < minDuration {
+		return fmt.Errorf(`%w: write "%ds" (a number without a unit counts nanoseconds)`, err, int64(d))
+	}
+	return err
 }
 
 // checkFastInterval compares the two intervals, where they are used at all.
