@@ -106,6 +106,9 @@ func (a *App) join(ctx caddy.Context, h *Handler) (*generation, error) {
 	if err := a.meetServers(ctx); err != nil {
 		return nil, err
 	}
+	if err := checkCircle(a.servers, h); err != nil {
+		return nil, fmt.Errorf("tcp_lb %q: %w", h.Name, err)
+	}
 	g, err := h.newGeneration(ctx)
 	if err != nil {
 		return nil, err

@@ -23,9 +23,16 @@ import (
 // layer4Server is a server of the layer4 app, as far as it matters here.
 type layer4Server struct {
 	name      string
-	addresses []caddy.NetworkAddress
-	serves    bool // a route leads to tcp_lb
-	covered   bool // every connection reaches tcp_lb soon, or ends
+	addresses []listenAddress
+	pools     []string // to which routes lead
+	serves    bool     // to any
+	covered   bool     // every connection reaches tcp_lb soon, or ends
+}
+
+// listenAddress is an address on which a server listens, and how the config has it.
+type listenAddress struct {
+	caddy.NetworkAddress
+	text string
 }
 
 // layer4Servers describes the servers of an app that is being provisioned, by
@@ -39,11 +46,16 @@ func layer4Servers(app *layer4.App) []*layer4Server {
 		for _, listen := range s.Listen {
 			// What can't be parsed caddy-l4 refuses.
 			if a, err := caddy.ParseNetworkAddress(repl.ReplaceAll(listen, "")); err == nil {
-				server.addresses = append(server.addresses, a)
+				server.addresses = append(server.addresses, listenAddress{a, listen})
 			}
 		}
 		for _, r := range s.Routes {
-			server.serves = server.serves || slices.ContainsFunc(r.HandlersRaw, mentionsTCPLB)
+			for _, raw := range r.HandlersRaw {
+				for _, pool := range poolsIn(raw) {
+					server.pools = append(server.pools, repl.ReplaceAll(pool, ""))
+				}
+			}
+			server.serves = len(server.pools) > 0
 			// A route before the first with tcp_lb in it may or may not be gone.
 			server.covered = server.covered && server.serves && leadToTCPLB(r.HandlersRaw)
 		}
@@ -57,6 +69,7 @@ func layer4Servers(app *layer4.App) []*layer4Server {
 // handlerJSON is what a handler says of where it leads.
 type handlerJSON struct {
 	Handler string `json:"handler"`
+	Name    string `json:"name"`
 	Routes  []struct {
 		Handle []json.RawMessage `json:"handle"`
 	} `json:"routes"`
@@ -91,42 +104,53 @@ func leadToTCPLB(handlers []json.RawMessage) bool {
 	return true
 }
 
-// mentionsTCPLB reports whether a tcp_lb handler is somewhere in the JSON.
-func mentionsTCPLB(raw json.RawMessage) bool {
+// poolsIn returns the names of the tcp_lb handlers that are somewhere in the JSON.
+func poolsIn(raw json.RawMessage) []string {
 	var h handlerJSON
 	if json.Unmarshal(raw, &h) == nil && h.Handler == "tcp_lb" {
-		return true // and needn't be searched, large as it may be
+		return []string{cmp.Or(h.Name, defaultName)} // and needn't be searched, large as it may be
 	}
 	var v any
-	return json.Unmarshal(raw, &v) == nil && searchTCPLB(v)
+	if json.Unmarshal(raw, &v) != nil {
+		return nil
+	}
+	return searchPools(v)
 }
 
-func searchTCPLB(v any) bool {
+func searchPools(v any) (names []string) {
 	switch v := v.(type) {
 	case map[string]any:
 		if v["handler"] == "tcp_lb" {
-			return true
+			name, _ := v["name"].(string)
+			return []string{cmp.Or(name, defaultName)}
 		}
 		for _, inner := range v {
-			if searchTCPLB(inner) {
-				return true
-			}
+			names = append(names, searchPools(inner)...)
 		}
 	case []any:
-		return slices.ContainsFunc(v, searchTCPLB)
+		for _, inner := range v {
+			names = append(names, searchPools(inner)...)
+		}
 	}
-	return false
+	return names
 }
 
 // claim is a server's claim to an address. It matters here if the server leads
 // to tcp_lb or the listener is this package's.
 type claim struct {
 	server  *layer4Server
+	as      string // what the config calls the address
 	matters bool
 }
 
-func (s *layer4Server) claimTo(a caddy.NetworkAddress) claim {
-	return claim{s, s.serves || a.Network == networkName}
+func (s *layer4Server) claimTo(a listenAddress) claim {
+	return claim{s, a.text, s.serves || a.Network == networkName}
+}
+
+// String says which server it is, by its listener: a Caddyfile has no names of
+// servers.
+func (c claim) String() string {
+	return fmt.Sprintf("the layer4 server of %s (%q)", c.as, c.server.name)
 }
 
 // checkServers refuses listeners that tcp_lb can't serve, and servers that would
@@ -135,14 +159,16 @@ func checkServers(servers []*layer4Server) error {
 	taken := make(map[string]claim)
 	for _, s := range servers {
 		for _, a := range s.addresses {
-			if s.serves && !isStream(a.Network) {
-				return fmt.Errorf("layer4 server %q listens on %s: tcp_lb serves TCP connections only", s.name, a)
-			}
 			mine := s.claimTo(a)
-			for key, address := range listenAddresses(a) {
+			if mine.matters {
+				if err := a.check(s); err != nil {
+					return err
+				}
+			}
+			for key, address := range listenAddresses(a.NetworkAddress) {
 				other := taken[key]
 				if other.server != nil && other.server != s && (mine.matters || other.matters) {
-					return fmt.Errorf("layer4 servers %q and %q both listen on %s, and each would get connections at random: put the routes of both into one", other.server.name, s.name, address)
+					return fmt.Errorf("%s and %s both listen on %s, and each would get connections at random: put the routes of both into one", other, mine, address)
 				}
 				if other.server == nil || mine.matters {
 					taken[key] = mine
@@ -153,12 +179,56 @@ func checkServers(servers []*layer4Server) error {
 	return nil
 }
 
+// check refuses what tcp_lb can't serve, and what Caddy takes for something else
+// than its writer does.
+func (a listenAddress) check(s *layer4Server) error {
+	wrong := func(why string) error {
+		return fmt.Errorf("layer4 server %q listens on %s: %s", s.name, a.text, why)
+	}
+	path, isPath := strings.CutPrefix(a.Host, "unix/")
+	_, literal := netip.ParseAddr(a.Host)
+	switch {
+	case s.serves && !isStream(a.Network):
+		return fmt.Errorf("layer4 server %q listens on %s: tcp_lb serves TCP connections only", s.name, a)
+	case caddy.IsUnixNetwork(a.Network), caddy.IsFdNetwork(a.Network):
+		return nil
+	case a.Network == networkName && isPath:
+		return wrong("tcp_lb/ is TCP: write unix/" + path)
+	case a.Host == networkName && a.Network == "tcp" && !strings.HasPrefix(a.text, "tcp/"):
+		return wrong(fmt.Sprintf("is tcp_lb/:%s meant? tcp_lb: is a host of that name (tcp/%s if it is)", a.PortRange(), a.text))
+	case a.hasPort():
+		return nil
+	case literal != nil && strings.Contains(a.Host, ":"):
+		return wrong("the port is missing, or an IPv6 address lacks its brackets, [IPv6]:port")
+	case hasPlaceholder(a.text):
+		return wrong("the port is missing: a placeholder is empty")
+	}
+	return wrong("the port is missing (0 is one that the kernel chooses)")
+}
+
+// PortRange returns the ports as they are written.
+func (a listenAddress) PortRange() string {
+	if a.EndPort > a.StartPort {
+		return fmt.Sprintf("%d-%d", a.StartPort, a.EndPort)
+	}
+	return strconv.Itoa(int(a.StartPort))
+}
+
+// hasPort reports whether a port is written, if only 0.
+func (a listenAddress) hasPort() bool {
+	if a.StartPort > 0 {
+		return true
+	}
+	_, _, port, err := caddy.SplitNetworkAddress(caddy.NewReplacer().ReplaceAll(a.text, ""))
+	return err == nil && port != ""
+}
+
 // checkHTTPServers does so for HTTP servers beside those of layer4.
 func checkHTTPServers(servers []*layer4Server, app *caddyhttp.App) error {
 	taken := make(map[string]claim)
 	for _, s := range servers {
 		for _, a := range s.addresses {
-			for key := range listenAddresses(a) {
+			for key := range listenAddresses(a.NetworkAddress) {
 				if c := s.claimTo(a); c.matters {
 					taken[key] = c
 				}
@@ -173,12 +243,34 @@ func checkHTTPServers(servers []*layer4Server, app *caddyhttp.App) error {
 			}
 			for key, address := range listenAddresses(a) {
 				if other, ok := taken[key]; ok {
-					return fmt.Errorf("layer4 server %q and HTTP server %q both listen on %s, and each would get connections at random: give one another port", other.server.name, name, address)
+					return fmt.Errorf("%s and %s both listen on %s, and each would get connections at random: %s", other, httpServer(name, listen), address, apart(name, a))
 				}
 			}
 		}
 	}
 	return nil
+}
+
+// redirects is what Caddy calls the server that it adds for redirects to HTTPS.
+const redirects = "remaining_auto_https_redirects"
+
+// httpServer says which server it is, as claim does.
+func httpServer(name, listen string) string {
+	if name == redirects {
+		return "Caddy's own server of redirects to HTTPS"
+	}
+	return fmt.Sprintf("the HTTP server of %s (%q)", listen, name)
+}
+
+// apart says how an HTTP server gets out of the way.
+func apart(name string, a caddy.NetworkAddress) string {
+	switch {
+	case name == redirects:
+		return "turn that off by the global option auto_https disable_redirects, or move it by http_port"
+	case caddy.IsUnixNetwork(a.Network):
+		return "give one another path"
+	}
+	return "give one another port"
 }
 
 // coversAddress reports whether a listener of the network tcp_lb on the address
@@ -266,13 +358,13 @@ func adviseOfListeners(servers []*layer4Server, to *zap.Logger) {
 	}
 	for _, s := range servers {
 		for _, a := range s.addresses {
-			if !s.serves || a.Network != "tcp" {
+			if !s.serves || a.Network != "tcp" { // which tcp_lb/ can stand for
 				continue
 			}
 			if _, said := advised.LoadOrStore(a.String(), true); said {
 				continue
 			}
-			better := a
+			better := a.NetworkAddress
 			better.Network = networkName
 			to.Warn("write "+better.String()+" for this listener: as it is, a flood of connections can keep it from accepting for good, a reload loses those that wait, and each takes twice the memory",
 				zap.String("server", s.name), zap.String("listener", a.String()))

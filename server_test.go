@@ -88,12 +88,22 @@ func TestListenersThatCannotServe(t *testing.T) {
 		"UDP of one family":             {lb("udp4/127.0.0.1:15000"), "serves TCP connections only"},
 		"UDP, spelled otherwise":        {lb("{env.TCPLB_TEST_LISTEN}"), "serves TCP connections only"},
 		"UDP, in a subroute":            {nested, `"srv" listens on udp/127.0.0.1:15000`},
+		"a host tcp_lb":                 {lb("tcp_lb:15000"), "listens on tcp_lb:15000: is tcp_lb/:15000 meant?"},
+		"a host tcp_lb, a range":        {lb("tcp_lb:15000-15002"), "is tcp_lb/:15000-15002 meant?"},
+		"a host tcp_lb that is meant":   {lb("tcp/tcp_lb:15000"), ""},
+		"tcp_lb/ with a path":           {lb("tcp_lb/unix//tmp/x"), "tcp_lb/ is TCP: write unix//tmp/x"},
+		"IPv6 without brackets":         {lb("tcp_lb/::1:15000"), "an IPv6 address lacks its brackets"},
+		"no port":                       {lb("tcp_lb/127.0.0.1"), "listens on tcp_lb/127.0.0.1: the port is missing"},
+		"no port, but a colon":          {lb("tcp_lb/127.0.0.1:"), "the port is missing (0 is one"},
+		"no port, plain":                {lb("127.0.0.1"), "the port is missing"},
+		"a port that is empty":          {lb("tcp_lb/:{env.TCPLB_TEST_UNSET}"), "listens on tcp_lb/:{env.TCPLB_TEST_UNSET}: the port is missing: a placeholder is empty"},
+		"no port, of others":            {lb("127.0.0.1:15000") + "," + echoOn("other", "127.0.0.1"), ""},
 		"datagrams by path":             {lb("unixgram//tmp/x"), "serves TCP connections only"},
 		"packets by path":               {lb("unixpacket//tmp/x"), "serves TCP connections only"},
 		"raw IP":                        {lb("ip:icmp/127.0.0.1"), "serves TCP connections only"},
 		"UDP that leads elsewhere":      {lb("127.0.0.1:15000") + "," + echoOn("other", "udp/127.0.0.1:15000"), ""},
 		"stream by path":                {lb("unix//tmp/x"), ""},
-		"one address twice":             {lb("tcp_lb/127.0.0.1:15000") + "," + lbAt("b", "tcp_lb/127.0.0.1:15000", toNowhere), `"b" and "srv" ` + both + "tcp_lb/127.0.0.1:15000"},
+		"one address twice":             {lb("tcp_lb/127.0.0.1:15000") + "," + lbAt("b", "tcp_lb/127.0.0.1:15000", toNowhere), `the layer4 server of tcp_lb/127.0.0.1:15000 ("b") and the layer4 server of tcp_lb/127.0.0.1:15000 ("srv") ` + both + "tcp_lb/127.0.0.1:15000"},
 		"one address, two networks":     {lb("tcp_lb/127.0.0.1:15000") + "," + lbAt("t", "127.0.0.1:15000", toNowhere), both + "127.0.0.1:15000"},
 		"one address, one elsewhere":    {lb("tcp_lb/127.0.0.1:15000") + "," + echoOn("b", "127.0.0.1:15000"), both},
 		"one address, other spelling":   {lb("tcp_lb/localhost:15000") + "," + echoOn("b", "127.0.0.1:15000"), both},
@@ -138,13 +148,31 @@ func TestHTTPServerOnTheSameAddress(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			for range 4 {
 				err := loadAndStop(with(c.l4, c.http, ""))
-				require.ErrorContains(t, err, `layer4 server "srv" and HTTP server "site" both listen on `)
+				require.ErrorContains(t, err, fmt.Sprintf(`the layer4 server of %s ("srv") and the HTTP server of %s ("site") both listen on `, c.l4, c.http))
 				require.ErrorContains(t, err, at)
+				require.ErrorContains(t, err, "give one another port")
 			}
 		})
 	}
 	require.NoError(t, loadAndStop(with("tcp_lb/"+at, freeAddress(t), "")))
 	require.False(t, listens(at), "what was refused is closed")
+}
+
+// What is there to do depends on what the HTTP server is.
+func TestHTTPServerGetsOutOfTheWay(t *testing.T) {
+	dir := t.TempDir()
+	for name, c := range map[string]struct{ server, listen, want string }{
+		"a path":    {"site", "unix/" + dir + "/x", "give one another path"},
+		"redirects": {redirects, "127.0.0.1:15000", "Caddy's own server of redirects to HTTPS both listen on 127.0.0.1:15000, and each would get connections at random: turn that off by the global option auto_https disable_redirects"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, err := caddy.ParseNetworkAddress(c.listen)
+			require.NoError(t, err)
+			servers := []*layer4Server{{name: "srv0", serves: true, addresses: []listenAddress{{a, c.listen}}}}
+			err = checkHTTPServers(servers, &caddyhttp.App{Servers: map[string]*caddyhttp.Server{c.server: {Listen: []string{c.listen}}}})
+			require.ErrorContains(t, err, c.want)
+		})
+	}
 }
 
 // loadAndStop reports whether the config loads.
