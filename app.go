@@ -115,7 +115,7 @@ func (a *App) join(ctx caddy.Context, h *Handler) (*generation, error) {
 	}
 	if other := a.generations[h.Name]; other != nil {
 		if other.fingerprint != g.fingerprint {
-			return nil, fmt.Errorf("%s: one begins with backend %q, the other with %q", twoOfOneName(h), other.config[0].target, g.config[0].target)
+			return nil, fmt.Errorf("%s: %s", twoOfOneName(h), firstDifference(other.fingerprint, g.fingerprint))
 		}
 		return other, nil
 	}
