@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"path"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"unicode"
@@ -47,6 +48,8 @@ func parseTarget(address string) (target, error) {
 	}
 	network, host, port, err := caddy.SplitNetworkAddress(address)
 	switch {
+	case address == "":
+		return target{}, errors.New("the address is missing, want host:port")
 	case strings.HasPrefix(address, "/"):
 		return target{}, errors.New("want host:port, or unix//path for a Unix socket")
 	case err != nil:
@@ -54,6 +57,9 @@ func parseTarget(address string) (target, error) {
 	case network == "unix":
 		if host == "" {
 			return target{}, errors.New("want unix//path, the path is missing")
+		}
+		if !strings.HasPrefix(host, "/") && !strings.HasPrefix(host, "@") && !filepath.IsAbs(host) {
+			return target{}, fmt.Errorf("want unix//path, from the root: did you mean unix//%s?", host)
 		}
 		host = path.Clean(host)
 		return target{unix: host, text: "unix/" + host}, nil

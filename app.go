@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"time"
 
@@ -47,6 +48,12 @@ func (*App) CaddyModule() caddy.ModuleInfo {
 		ID:  "tcp_lb",
 		New: func() caddy.Module { return new(App) },
 	}
+}
+
+// UnmarshalJSON is that of Handler, for the app.
+func (a *App) UnmarshalJSON(b []byte) error {
+	type plain App // without this method
+	return decodePlaced(b, (*plain)(a), reflect.TypeFor[plain]())
 }
 
 // Provision prepares the app.

@@ -112,6 +112,10 @@ func (p *parser) option() error {
 		return p.backend()
 	}
 	parse, ok := optionParsers[name]
+	if _, err := parseTarget(name); !ok && err == nil {
+		line := strings.Join(append([]string{"backend", name}, p.RemainingArgs()...), " ")
+		return p.Errf("tcp_lb: unknown option %q: write %s", name, line)
+	}
 	if !ok {
 		return p.Errf("tcp_lb: %s", unknown("option", name, optionNames(), meantOptions))
 	}
@@ -224,6 +228,8 @@ func (p *parser) healthInterval() error {
 	case "off":
 		p.h.activeChecks().Disabled = true
 		return nil
+	case "OFF", "Off":
+		return p.Errf("%s %s: did you mean off?", option, value)
 	case "0", "0s", "none", "never", "no", "false", "disabled":
 		return p.Errf("%s %s: want a duration such as 10s, or off", option, value)
 	}
@@ -301,7 +307,14 @@ func (p *parser) backendLine(b *BackendConfig) error {
 	line := p.mark()
 	more := p.NextArg()
 	if more {
-		next = p.Val()
+		next = strings.TrimRight(p.Val(), ";")
+	}
+	if bare := strings.TrimRight(found, ";"); bare != found {
+		weight := strings.TrimPrefix(bare, "weight=")
+		if _, err := strconv.Atoi(weight); err == nil {
+			return line.Errf("backend %s: write backend %s %s: %s", b.Address, b.Address, weight, noSemicolons)
+		}
+		found = bare
 	}
 	if strings.ContainsAny(b.Address, ",;") { // the word after it is no weight
 		return line.Errf("backend %q: %v", b.Address, misspelled(b.Address, nil))

@@ -160,7 +160,7 @@ func TestCaddyfileRefuses(t *testing.T) {
 		{"weight 0", good, []string{"backend b:80 0"}, 1, []string{"b:80", "weight 0"}},
 		{"weight 257", good, []string{"backend b:80 257"}, 1, []string{"b:80", "weight 257"}},
 		{"weight -1", good, []string{"backend b:80 -1"}, 1, []string{"b:80", "weight -1"}},
-		{"weight x", good, []string{"backend b:80 x"}, 1, []string{"b:80", "weight x"}},
+		{"weight x", good, []string{"backend b:80 x"}, 1, []string{"b:80", `unknown word "x" after the address`}},
 		{"weight 1.5", good, []string{"backend b:80 1.5"}, 1, []string{"b:80", "weight 1.5"}},
 		{"weight 0 in a block", good, []string{"backend b:80 {", "\tweight 0", "}"}, 2, []string{"b:80", "weight 0"}},
 		{"weight 257 in a block", good, []string{"backend b:80 {", "\tweight 257", "}"}, 2, []string{"b:80", "weight 257"}},

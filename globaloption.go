@@ -1,6 +1,9 @@
 package tcplb
 
 import (
+	"maps"
+	"slices"
+
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -53,7 +56,7 @@ func (p *parser) globalOption(a *App) error {
 	name := p.Val()
 	parse, ok := globalOptions[name]
 	if !ok {
-		return p.Errf("tcp_lb: unknown global option %q", name)
+		return p.Errf("tcp_lb: %s", unknown("global option", name, slices.Sorted(maps.Keys(globalOptions)), meantGlobally(name)))
 	}
 	if p.seen[name] {
 		return p.Errf("tcp_lb: global option %s is set twice", name)
@@ -63,6 +66,15 @@ func (p *parser) globalOption(a *App) error {
 		return err
 	}
 	return p.noBlock(name)
+}
+
+// meantGlobally has what is meant by a name that is no global option.
+func meantGlobally(name string) map[string]string {
+	name = plainName(name)
+	if optionParsers[name] != nil || name == "backend" {
+		return map[string]string{name: "it belongs to the handler: write it in the block of tcp_lb <address>... { } in a route"}
+	}
+	return map[string]string{"timeout": "handshake_timeout", "matching_timeout": "it belongs to a server: write it in the block of the listener, beside route"}
 }
 
 // Interface guard

@@ -40,7 +40,12 @@ func TestGlobalOption(t *testing.T) {
 func TestGlobalOptionErrors(t *testing.T) {
 	for block, want := range map[string][]string{
 		"tcp_lb 5s":                                                         {"takes a block", `"5s"`, "Caddyfile:2"},
-		"tcp_lb {\n\t\ttimeout 5s\n\t}":                                     {"unknown global option", `"timeout"`, "Caddyfile:3"},
+		"tcp_lb {\n\t\ttimeout 5s\n\t}":                                     {"unknown global option", `"timeout": did you mean handshake_timeout? (there is handshake_timeout)`, "Caddyfile:3"},
+		"tcp_lb {\n\t\thandshake_timout 5s\n\t}":                            {`"handshake_timout": did you mean handshake_timeout?`, "Caddyfile:3"},
+		"tcp_lb {\n\t\tidle_timeout 5s\n\t}":                                {`unknown global option "idle_timeout": it belongs to the handler`, "Caddyfile:3"},
+		"tcp_lb {\n\t\tbackend a:1\n\t}":                                    {`"backend": it belongs to the handler`, "Caddyfile:3"},
+		"tcp_lb {\n\t\tmatching_timeout 5s\n\t}":                            {"it belongs to a server", "Caddyfile:3"},
+		"tcp_lb {\n\t\thandshake_timeout never\n\t}":                        {"such as 10s; 0 means none", "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout\n\t}":                              {"handshake_timeout", "missing", "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout soon\n\t}":                         {"handshake_timeout soon", "such as 10s", "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout -1s\n\t}":                          {"handshake_timeout -1s", "not negative", "Caddyfile:3"},
@@ -71,7 +76,9 @@ func TestHandshakeTimeoutInJSON(t *testing.T) {
 		`-1`:      "not negative",
 		`10`:      `handshake_timeout 10ns: want 0 or a duration of at least 1ms: write "10s"`,
 		`"9000h"`: "at most",
-		`"soon"`:  "invalid duration",
+		`"soon"`:  `handshake_timeout "soon": want a duration such as "10s"`,
+		`"never"`: `handshake_timeout "never": want a duration such as "10s"; 0 means none`,
+		`true`:    `handshake_timeout true: want a duration such as "10s"`,
 	} {
 		require.ErrorContains(t, validate(t, with(value)), want)
 	}

@@ -21,17 +21,30 @@ func (h *Handler) UnmarshalJSON(b []byte) error {
 		*plain
 		Handler string `json:"handler"` // of the module, which Caddy has taken out of b
 	}{plain: (*plain)(h)}
+	return decodePlaced(b, &withName, reflect.TypeFor[plain]())
+}
+
+// decodePlaced decodes into v, which has the fields of t.
+func decodePlaced(b []byte, v any, t reflect.Type) error {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
-	err := d.Decode(&withName)
+	err := d.Decode(v)
 	if err == nil {
 		return nil
 	}
-	if place := misplaced(b, reflect.TypeFor[plain](), ""); place != nil {
+	if place := misplaced(b, t, ""); place != nil {
 		return place
 	}
 	return err
 }
+
+const (
+	jsonPassive  = "a failed connect has the backend checked at once, see health_checks.active.fails"
+	jsonTCPCheck = "checks are TCP connects, see health_checks.active.interval and health_checks.active.port"
+)
+
+// checksOffJSON is what turns checks off, by the object in which it is to be.
+var checksOffJSON = map[string]string{"health_checks": `{"active":{"disabled":true}}`, "health_checks.active": `{"disabled":true}`}
 
 // meantFields has, by name, where options of the Caddyfile are in the JSON.
 var meantFields = map[string]string{
@@ -45,7 +58,8 @@ var meantFields = map[string]string{
 	"health_fails": "write health_checks.active.fails", "health_port": "write health_checks.active.port",
 	"interval": "write health_checks.active.interval",
 	"dial":     "address", "host": "address", "addr": "address", "backup": noBackup,
-	"passive": meantPassive, "uri": meantTCPCheck, "path": meantTCPCheck, "max_requests": noLimit, "tls": noTLS, "proxy_protocol": noProxyHeader,
+	"passive": jsonPassive, "max_fails": jsonPassive, "uri": jsonTCPCheck, "path": jsonTCPCheck, "handshake_timeout": "it holds for all handlers: write apps.tcp_lb.handshake_timeout",
+	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": noLimit, "tls": noTLS, "proxy_protocol": noProxyHeader,
 }
 
 // misplaced finds the value in the JSON that does not fit the type, and says
@@ -74,7 +88,7 @@ func misplaced(raw json.RawMessage, t reflect.Type, path string) error {
 	if json.Unmarshal(raw, reflect.New(t).Interface()) == nil {
 		return nil
 	}
-	return fmt.Errorf("%s %s: %s", path, short(raw), wanted(raw, t))
+	return fmt.Errorf("%s %s: %s", path, short(raw), wanted(path[strings.LastIndex(path, ".")+1:], raw, t))
 }
 
 func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
@@ -85,6 +99,8 @@ func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
 			return fmt.Errorf(`%s: want an object such as {"address":"host:port"}, found %s`, path, short(raw))
 		case path == "":
 			return nil // not even an object: the decoder says it well
+		case checksOffJSON[path] != "":
+			return fmt.Errorf("%s: want an object, found %s; %s turns checks off", path, short(raw), checksOffJSON[path])
 		}
 		return fmt.Errorf("%s: want an object, found %s", path, short(raw))
 	}
@@ -114,20 +130,22 @@ func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
 }
 
 // wanted says what a value of the type looks like.
-func wanted(raw json.RawMessage, t reflect.Type) string {
+func wanted(option string, raw json.RawMessage, t reflect.Type) string {
 	var text string
 	_ = json.Unmarshal(raw, &text)
 	switch {
 	case t == reflect.TypeFor[caddy.Duration]():
 		want := `want a duration such as "10s"`
 		if text != "" {
-			want += durationHint("", text)
+			want += durationHint(option, text)
 		}
 		return want
 	case t.Kind() == reflect.Bool:
 		return "want true or false"
 	case t.Kind() == reflect.Int && hasPlaceholder(text):
-		return "want a number" + valueHint("", text)
+		return "want a number" + valueHint(option, text)
+	case t.Kind() == reflect.Int && text != "" && valueHint(option, text) != "":
+		return "want a number" + valueHint(option, text)
 	case t.Kind() == reflect.Int && text != "":
 		return "want a number, without quotes"
 	case t.Kind() == reflect.Int:

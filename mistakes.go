@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -32,6 +33,7 @@ const (
 	noLimit       = "there is no limit for a single backend; max_connections is that of all together"
 	noTLS         = "there is no TLS to backends"
 	noProxyHeader = "there is no PROXY protocol to backends"
+	noSemicolons  = "there are no semicolons at the ends of lines"
 	notNeeded     = "leave it out, it is TCP anyway"
 	setsChecks    = "write health_interval <duration>, or health_interval off"
 	setsTimeouts  = "there are dial_timeout, idle_timeout, drain_timeout and health_timeout"
@@ -46,7 +48,7 @@ var meantOptions = map[string]string{
 	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": noBackup,
 
 	"lb": "lb_policy", "policy": "lb_policy", "balance": "lb_policy", "algorithm": "lb_policy", "lb_algorithm": "lb_policy", "method": "lb_policy",
-	"load_balancing": "lb_policy", "selection_policy": "lb_policy", "strategy": "lb_policy", "scheduler": "lb_policy",
+	"load_balancing": "there are lb_policy, lb_retries, lb_try_duration and lb_try_interval, each on a line of its own", "selection_policy": "lb_policy", "strategy": "lb_policy", "scheduler": "lb_policy",
 	"round_robin": meantPolicy, "roundrobin": meantPolicy, "least_conn": meantPolicy, "leastconn": meantPolicy, "random": meantPolicy, "hash": meantPolicy,
 	"ip_hash": meantPolicy, "first": meantPolicy, "source": meantPolicy,
 
@@ -57,7 +59,8 @@ var meantOptions = map[string]string{
 	"interval": "health_interval", "inter": "health_interval", "check_interval": "health_interval",
 	"fast_interval": "health_fast_interval", "fastinter": "health_fast_interval",
 	"check_timeout": "health_timeout", "timeout_check": "health_timeout",
-	"rise": "health_passes", "passes": "health_passes", "fall": "health_fails", "fails": "health_fails",
+	"rise": "health_passes", "passes": "health_passes", "health_rise": "health_passes",
+	"fall": "health_fails", "fails": "health_fails", "health_fall": "health_fails",
 	"check_port": "health_port", "port": "health_port",
 	"check": setsChecks, "checks": setsChecks, "health": setsChecks, "health_check": setsChecks, "health_checks": setsChecks, "active": setsChecks,
 	"health_uri": meantTCPCheck, "health_path": meantTCPCheck, "health_status": meantTCPCheck, "health_body": meantTCPCheck, "health_headers": meantTCPCheck,
@@ -72,6 +75,7 @@ var meantOptions = map[string]string{
 	"server_timeout": "idle_timeout", "timeout_client": "idle_timeout", "timeout_server": "idle_timeout", "timeout_tunnel": "idle_timeout",
 	"timeout": setsTimeouts, "timeouts": setsTimeouts,
 	"grace_period": "drain_timeout", "shutdown_timeout": "drain_timeout", "hard_stop_after": "drain_timeout", "shutdown_delay": "drain_timeout",
+	"drain": "drain_timeout", "handshake_timeout": "it is a global option: write tcp_lb { handshake_timeout <duration> } beside layer4",
 	"log": "access_log", "logs": "access_log", "logging": "access_log", "logger": "access_log",
 	"pool": "name", "label": "name", "id": "name",
 
@@ -188,6 +192,9 @@ func checkPolicyName(name string) error {
 // valueHint says what could be meant by a value that is no number or duration;
 // it begins with a separator, or is empty.
 func valueHint(option, value string) string {
+	if bare := strings.TrimRight(value, ";"); bare != value {
+		return fmt.Sprintf(": write %s: %s", bare, noSemicolons)
+	}
 	if hasPlaceholder(value) {
 		variable := "NAME"
 		if inner, ok := strings.CutPrefix(value, "{env."); ok {
@@ -199,6 +206,8 @@ func valueHint(option, value string) string {
 	case "off", "none", "never", "no", "false", "disabled", "unlimited", "infinite", "inf", "infinity", "forever", "auto", "default":
 		return map[string]string{
 			"idle_timeout": "; 0 means never", "drain_timeout": "; 0 means at once", "lb_retries": "; 0 means none", "lb_try_duration": "; 0 means not to wait",
+			"retries": "; 0 means none", "try_duration": "; 0 means not to wait", "handshake_timeout": "; 0 means none", "interval": `; "disabled": true turns checks off`,
+			"port":            "; leave it out for the backend's own port",
 			"max_connections": "; leave it out for as many as the limit of open files allows", "health_port": "; leave it out for the backend's own port",
 		}[option]
 	}
@@ -211,8 +220,12 @@ func valueHint(option, value string) string {
 // durationHint is valueHint with a guess at the unit.
 func durationHint(option, value string) string {
 	number := strings.TrimRight(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-	if _, err := strconv.ParseFloat(number, 64); err != nil {
+	n, err := strconv.ParseFloat(number, 64)
+	if err != nil {
 		return valueHint(option, value)
+	}
+	if number == value && n >= 1000 {
+		return fmt.Sprintf(": did you mean %sms or %ss? (HAProxy's bare numbers are milliseconds)", number, number)
 	}
 	unit := "s"
 	switch strings.ToLower(strings.TrimSpace(value[len(number):])) {
@@ -270,7 +283,7 @@ func misspelled(address string, err error) error {
 	case isURL:
 		return fmt.Errorf("want host:port, not a URL: did you mean %s:%s?", rest, cmp.Or(schemePorts[scheme], "<port>"))
 	case strings.ContainsAny(address, ",;"):
-		return fmt.Errorf("want host:port: separate addresses by spaces, without %q", address[strings.IndexAny(address, ",;")])
+		return fmt.Errorf("want host:port, without %q: after tcp_lb addresses are separated by spaces, after backend there is one a line", address[strings.IndexAny(address, ",;")])
 	case hasPath && strings.Contains(host, ":"):
 		return fmt.Errorf("want host:port, without a path: did you mean %s?", host)
 	case err == nil:
@@ -310,6 +323,8 @@ func backendLineError(address, found, next string) error {
 		return fmt.Errorf("%s: it holds for all backends: write %s on a line of its own", found, meant)
 	case optionParsers[word] != nil:
 		return fmt.Errorf("%s: it holds for all backends: write it on a line of its own", found)
+	case word != "" && unicode.IsLetter(rune(word[0])):
+		return fmt.Errorf("unknown word %q after the address: only a weight may stand there, a number from 1 to %d", found, maxWeight)
 	}
 	return nil
 }

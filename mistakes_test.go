@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -87,10 +88,31 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"backend a:1 health_port=81":         "it holds for all backends: write it on a line of its own",
 		"backend web1 10.0.0.1:80 check":     "backends have no names of their own: write backend 10.0.0.1:80",
 		"backend a:1 b:1":                    `one address a line, found "b:1" as well: write backend b:1 on the next`,
-		"backend a:1, b:1":                   "separate addresses by spaces, without ','",
+		"backend a:1, b:1":                   "without ',': after tcp_lb addresses are separated by spaces, after backend there is one a line",
 		"backend a:80;":                      "without ';'",
 		"backend a:1 {env.WEIGHT}":           "write {$WEIGHT}",
-		"backend a:1 heavy":                  "weight heavy: want a number from 1 to 256",
+		"backend a:1 heavy":                  `unknown word "heavy" after the address`,
+		"backend a:1 5k":                     "weight 5k: want a number from 1 to 256, in digits alone",
+		"backend a:1 slow_start=30s":         `unknown word "slow_start=30s" after the address`,
+		"backend a:1 disabled":               `unknown word "disabled" after the address`,
+		"backend a:1 3 resolve":              `unknown word "resolve" after the address`,
+		"backend a:1 slowstart 30s":          `unknown word "slowstart" after the address`,
+		"backend a:1 weight=5;":              "write backend a:1 5: there are no semicolons",
+		"backend a:1 3;":                     "write backend a:1 3: there are no semicolons",
+		"backend a:1 backup;":                "there are no backup backends",
+		"dial_timeout 5s;":                   "write 5s: there are no semicolons",
+		"lb_retries 3;":                      "write 3: there are no semicolons",
+		"dial_timeout 5000":                  "did you mean 5000ms or 5000s? (HAProxy's bare numbers are milliseconds)",
+		"10.0.0.1:2 3":                       `unknown option "10.0.0.1:2": write backend 10.0.0.1:2 3`,
+		"b:1":                                "write backend b:1",
+		"load_balancing {\n}":                "there are lb_policy, lb_retries, lb_try_duration and lb_try_interval",
+		"health_interval OFF":                "did you mean off?",
+		"health_rise 2":                      "did you mean health_passes?",
+		"health_fall 2":                      "did you mean health_fails?",
+		"drain 30s":                          "did you mean drain_timeout?",
+		"handshake_timeout 5s":               "it is a global option: write tcp_lb { handshake_timeout <duration> } beside layer4",
+		"backend unix/run/a.sock":            "from the root: did you mean unix//run/a.sock?",
+		`backend ""`:                         "the address is missing",
 		"backend http://a:80/":               "not a URL: did you mean a:80?",
 		"backend https://a":                  "did you mean a:443?",
 		"backend mqtts://a":                  "did you mean a:<port>?",
@@ -110,7 +132,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 	}
 	for arguments, want := range map[string]string{
 		"to a:1":                   `addresses follow tcp_lb or backend without "to"`,
-		"a:1,b:1":                  "separate addresses by spaces, without ','",
+		"a:1,b:1":                  "without ',': after tcp_lb addresses are separated by spaces, after backend there is one a line",
 		"a:1 3":                    "a weight is written in the block { }, on a line of its own: backend <address> <weight>",
 		"a:1 weight 3":             "a weight is written in the block { }",
 		"a:1 name web":             "if the option name is meant, it goes into the block { }, on a line of its own",
@@ -143,6 +165,15 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 	t.Run("in a site", func(t *testing.T) {
 		requireRefused(t, "http://:9090 {\n\ttcp_lb a:1\n}\n", 2, "tcp_lb: not a site's directive", "layer4")
 	})
+}
+
+// The policy's own message has the option's name before it.
+func TestPolicyIsNamedOnce(t *testing.T) {
+	for _, line := range []string{"lb_policy round_robin x", "lb_policy round_robin {\n\t\t\t\t\t\tx\n\t\t\t\t\t}"} {
+		_, err := adapt(t, lbCaddyfile("a:80", line))
+		require.ErrorContains(t, err, "lb_policy round_robin: takes no ")
+		require.Equal(t, 1, strings.Count(err.Error(), "lb_policy"), err)
+	}
 }
 
 // A server may well be called tcp_lb.
@@ -181,9 +212,15 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		good + `"load_balancing":{"selection_policy":{"policy":"rr"}}`: `selection policy: unknown policy "rr": did you mean round_robin?`,
 		good + `"health_checks":{"interval":"2s"}`:                     `health_checks: unknown field "interval": write health_checks.active.interval`,
 		good + `"health_checks":{"active":{"intervall":1}}`:            `health_checks.active: unknown field "intervall": did you mean interval?`,
-		good + `"health_checks":{"active":{"uri":"/"}}`:                `checks are TCP connects`,
-		good + `"health_checks":{"passive":{}}`:                        `a failed connect has the backend checked at once`,
-		good + `"health_checks":false`:                                 `health_checks: want an object, found false`,
+		good + `"health_checks":{"active":{"uri":"/"}}`:                `checks are TCP connects, see health_checks.active.interval`,
+		good + `"health_checks":{"passive":{}}`:                        `a failed connect has the backend checked at once, see health_checks.active.fails`,
+		good + `"health_checks":false`:                                 `health_checks: want an object, found false; {"active":{"disabled":true}} turns checks off`,
+		good + `"health_checks":{"active":"off"}`:                      `health_checks.active: want an object, found "off"; {"disabled":true} turns checks off`,
+		good + `"health_checks":{"active":{"interval":"off"}}`:         `health_checks.active.interval "off": want a duration such as "10s"; "disabled": true turns checks off`,
+		good + `"idle_timeout":"never"`:                                `want a duration such as "10s"; 0 means never`,
+		good + `"load_balancing":{"retries":"none"}`:                   `load_balancing.retries "none": want a number; 0 means none`,
+		good + `"handshake_timeout":"5s"`:                              `write apps.tcp_lb.handshake_timeout`,
+		`"backends":[{"weight":3}]`:                                    `backend "": the address is missing`,
 		good + `"name":5`:                                              `name 5: want a text in quotes`,
 		good + `"drain_timeout":"{env.DRAIN}"`:                         `write {$DRAIN} in a Caddyfile`,
 	} {

@@ -57,10 +57,10 @@ func (RoundRobin) CaddyModule() caddy.ModuleInfo {
 func (RoundRobin) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // policy name
 	if d.NextArg() {
-		return d.Errf("lb_policy round_robin: takes no arguments, found %q", d.Val())
+		return d.Errf("takes no arguments, found %q", d.Val())
 	}
 	if d.NextBlock(d.Nesting()) {
-		return d.Errf("lb_policy round_robin: takes no block, found %q", d.Val())
+		return d.Errf("takes no block, found %q", d.Val())
 	}
 	return nil
 }
