@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"fmt"
+	"slices"
 
 	"go.uber.org/zap"
 )
@@ -25,6 +26,10 @@ func (g *generation) begin() {
 const addressesInLog = 3
 
 func (g *generation) logPool(message string) {
+	weights := 0
+	for _, m := range g.config {
+		weights += m.weight
+	}
 	addresses := make([]string, 0, addressesInLog+1)
 	for i, m := range g.config {
 		if i == addressesInLog {
@@ -37,8 +42,9 @@ func (g *generation) logPool(message string) {
 		zap.String("lb", g.name),
 		zap.Int("backends", len(g.config)),
 		zap.Strings("addresses", addresses),
+		zap.Int("sum_of_weights", weights),
 		zap.String("policy", g.policyName),
-		zap.Stringer("checks", g.checks),
+		zap.String("checks", g.checksText()),
 		zap.Int64("max_connections", g.connections()),
 		zap.Duration("dial_timeout", g.dialTimeout),
 		zap.Duration("idle_timeout", g.idleTimeout),
@@ -53,13 +59,17 @@ func (g *generation) connections() int64 {
 	return files.connections()
 }
 
-// String says it as an operator would.
-func (c checkSettings) String() string {
+// checksText says what is checked, and how often.
+func (g *generation) checksText() string {
+	hasPort := func(m member) bool { return m.target.unix == "" }
+	c := g.checks
 	switch {
 	case !c.enabled:
 		return "off"
-	case c.port != 0:
+	case c.port != 0 && slices.ContainsFunc(g.config, hasPort): // a Unix socket has none
 		return fmt.Sprintf("tcp to port %d every %s", c.port, c.interval)
+	case !slices.ContainsFunc(g.config, hasPort):
+		return fmt.Sprintf("connect every %s", c.interval)
 	default:
 		return fmt.Sprintf("tcp every %s", c.interval)
 	}

@@ -33,7 +33,7 @@ func TestPoolTellsOfItself(t *testing.T) {
 	require.Equal(t, "pool started", lines[0].Message)
 	require.Equal(t, "info", lines[0].Level.String())
 	require.Equal(t, map[string]any{
-		"lb": t.Name(), "backends": int64(5), "addresses": []any{one, two, three, "and 2 more"}, "policy": "round_robin",
+		"lb": t.Name(), "backends": int64(5), "addresses": []any{one, two, three, "and 2 more"}, "policy": "round_robin", "sum_of_weights": int64(5),
 		"checks": "tcp every 10s", "max_connections": int64(100),
 		"dial_timeout": 3 * time.Second, "idle_timeout": time.Hour, "drain_timeout": 30 * time.Second,
 	}, lines[0].ContextMap())
@@ -57,6 +57,17 @@ func TestPoolTellsOfItself(t *testing.T) {
 	require.Equal(t, "pool started", lines[0].Message, "anew")
 	require.Equal(t, "tcp to port 81 every 1m0s", lines[0].ContextMap()["checks"])
 	fourth.stop()
+	fifth, lines := begin(func(h *Handler) {
+		h.Backends = []BackendConfig{{Address: "unix//run/x"}}
+		h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Port: 81}}
+	})
+	require.Equal(t, "connect every 10s", lines[0].ContextMap()["checks"], "a Unix socket has no port")
+	sixth, lines := begin(func(h *Handler) {
+		h.Backends = []BackendConfig{{Address: "unix//run/x", Weight: new(3)}}
+	})
+	fifth.stop()
+	require.EqualValues(t, 3, lines[0].ContextMap()["sum_of_weights"], "another weight shows")
+	sixth.stop()
 	_, lines = begin(func(*Handler) {})
 	require.Len(t, lines, 1)
 

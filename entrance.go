@@ -56,7 +56,7 @@ func (e *entrance) turnAway(c *acceptedConn, why turnedAway) {
 	fields := []zap.Field{zap.String("listener", e.address)}
 	for i := range e.counts {
 		n := e.counts[i].Load()
-		fields = append(fields, zap.Uint64(turnedAwayNames[i], n-e.told[i]))
+		fields = append(fields, zap.Uint64(turnedAwayNames[i]+"_count", n-e.told[i]))
 		e.told[i] = n
 	}
 	e.mu.Unlock()

@@ -156,6 +156,7 @@ func TestSilentClientsStarveNobody(t *testing.T) {
 			line := c.line(t, "closed connections that had not reached tcp_lb")
 			require.Equal(t, "warn", line["level"])
 			require.Contains(t, ports(d), line["listener"])
+			require.Contains(t, line, "handshake_timeout_count")
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			require.NotContains(t, strings.Join(c.log, "\n"), "too many open files")
