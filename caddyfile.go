@@ -113,8 +113,15 @@ func (p *parser) option() error {
 	}
 	parse, ok := optionParsers[name]
 	if _, err := parseTarget(name); !ok && err == nil {
-		line := strings.Join(append([]string{"backend", name}, p.RemainingArgs()...), " ")
-		return p.Errf("tcp_lb: unknown option %q: write %s", name, line)
+		line, more := "backend "+name, ""
+		if rest := p.RemainingArgs(); len(rest) > 0 {
+			if _, err := strconv.Atoi(rest[0]); err == nil {
+				line += " " + rest[0]
+			} else {
+				more = ", one a line"
+			}
+		}
+		return p.Errf("tcp_lb: unknown option %q: write %s%s", name, line, more)
 	}
 	if !ok {
 		return p.Errf("tcp_lb: %s", unknown("option", name, optionNames(), meantOptions))

@@ -104,6 +104,7 @@ func requireInRange(t testing.TB, h *Handler) {
 	}
 	atLeast := func(option string, d caddy.Duration, low time.Duration) {
 		require.GreaterOrEqual(t, time.Duration(d), low, option)
+		require.True(t, d == 0 || time.Duration(d) >= time.Millisecond, "%s %s", option, time.Duration(d))
 	}
 	require.NotEmpty(t, h.Name)
 	require.False(t, strings.ContainsFunc(h.Name, unicode.IsControl), "name %q", h.Name)

@@ -105,6 +105,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"dial_timeout 5000":                  "did you mean 5000ms or 5000s? (HAProxy's bare numbers are milliseconds)",
 		"10.0.0.1:2 3":                       `unknown option "10.0.0.1:2": write backend 10.0.0.1:2 3`,
 		"b:1":                                "write backend b:1",
+		"b:1 c:1":                            "write backend b:1, one a line",
 		"load_balancing {\n}":                "there are lb_policy, lb_retries, lb_try_duration and lb_try_interval",
 		"health_interval OFF":                "did you mean off?",
 		"health_rise 2":                      "did you mean health_passes?",
