@@ -44,6 +44,8 @@ func (g *generation) logPool(message string) {
 		zap.Strings("addresses", addresses),
 		zap.Int("sum_of_weights", weights),
 		zap.String("policy", g.policyName),
+		zap.Int("retries", g.retries),
+		zap.Duration("try_duration", g.tryDuration),
 		zap.String("checks", g.checksText()),
 		zap.Int64("max_connections", g.connections()),
 		zap.Duration("dial_timeout", g.dialTimeout),

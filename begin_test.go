@@ -34,7 +34,7 @@ func TestPoolTellsOfItself(t *testing.T) {
 	require.Equal(t, "info", lines[0].Level.String())
 	require.Equal(t, map[string]any{
 		"lb": t.Name(), "backends": int64(5), "addresses": []any{one, two, three, "and 2 more"}, "policy": "round_robin", "sum_of_weights": int64(5),
-		"checks": "tcp every 10s", "max_connections": int64(100),
+		"retries": int64(3), "try_duration": time.Duration(0), "checks": "tcp every 10s", "max_connections": int64(100),
 		"dial_timeout": 3 * time.Second, "idle_timeout": time.Hour, "drain_timeout": 30 * time.Second,
 	}, lines[0].ContextMap())
 

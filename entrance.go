@@ -3,7 +3,6 @@ package tcplb
 import (
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
@@ -32,13 +31,13 @@ type entrance struct {
 	address string
 	counts  [numTurnedAway]atomic.Uint64
 
-	mu         sync.Mutex
-	nextNotice time.Time             // before which no further warning is logged
-	told       [numTurnedAway]uint64 // of counts, what has been logged
+	notice notice
+	mu     sync.Mutex
+	told   [numTurnedAway]uint64 // of counts, what has been logged; guarded by mu
 }
 
 // turnAway counts and logs a connection that has been ended: one line each for
-// debugging, and a warning once a minute at most.
+// debugging, and warnings that sum up.
 func (e *entrance) turnAway(c *acceptedConn, why turnedAway) {
 	e.counts[why].Add(1)
 	logger := caddy.Log().Named("tcp_lb")
@@ -46,13 +45,11 @@ func (e *entrance) turnAway(c *acceptedConn, why turnedAway) {
 		line.Write(zap.String("listener", e.address), zap.Stringer("client", c.RemoteAddr()),
 			zap.Duration("waited", c.waited()), zap.String("reason", turnedAwayNames[why]))
 	}
+	e.notice.add(e.warn)
+}
+
+func (e *entrance) warn(uint64) {
 	e.mu.Lock()
-	now := time.Now()
-	if now.Before(e.nextNotice) {
-		e.mu.Unlock()
-		return
-	}
-	e.nextNotice = now.Add(time.Minute)
 	fields := []zap.Field{zap.String("listener", e.address)}
 	for i := range e.counts {
 		n := e.counts[i].Load()
@@ -60,5 +57,5 @@ func (e *entrance) turnAway(c *acceptedConn, why turnedAway) {
 		e.told[i] = n
 	}
 	e.mu.Unlock()
-	logger.Warn("closed connections that had not reached tcp_lb", fields...)
+	caddy.Log().Named("tcp_lb").Warn("closed connections that had not reached tcp_lb", fields...)
 }
