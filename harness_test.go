@@ -104,7 +104,11 @@ func adapt(t testing.TB, caddyfile string) (string, error) {
 func listen(t testing.TB) net.Listener {
 	t.Helper()
 	for range 1000 {
-		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 12_000+rand.IntN(20_000)))
+		port := 12_000 + rand.IntN(20_000)
+		if _, promised := promisedPorts.Load(port); promised {
+			continue
+		}
+		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			return ln
 		}
@@ -113,12 +117,21 @@ func listen(t testing.TB) net.Listener {
 	return nil
 }
 
+// promisedPorts are those that some test was given to listen on later. Tests that
+// run side by side must not get the same one, on which both could listen.
+var promisedPorts sync.Map
+
 // freeAddress returns a loopback address nobody listens on.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	ln := listen(t)
-	defer ln.Close()
-	return ln.Addr().String()
+	for {
+		ln := listen(t)
+		_ = ln.Close()
+		address := ln.Addr().(*net.TCPAddr)
+		if _, promised := promisedPorts.LoadOrStore(address.Port, true); !promised {
+			return address.String()
+		}
+	}
 }
 
 // server is a backend under test's control: each connection goes to handle, in
