@@ -191,16 +191,18 @@ type drained struct {
 	cut  int
 }
 
-// startDraining gives the open sessions until then to end by themselves, and
-// returns how many there are.
-func (b *Backend) startDraining(until time.Time) (open int) {
+// unuse says that one config less names the backend. After the last one the open
+// sessions have until then to end by themselves; it returns how many there are.
+func (b *Backend) unuse(until time.Time) (open int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.drain == nil {
-		b.drained = drained{open: len(b.sessions)}
-		b.drainEnd = until
-		b.drain = time.AfterFunc(time.Until(until), b.cut)
+	b.users--
+	if b.users > 0 {
+		return 0
 	}
+	b.drained = drained{open: len(b.sessions)}
+	b.drainEnd = until
+	b.drain = time.AfterFunc(time.Until(until), b.cut)
 	return b.drained.open
 }
 

@@ -57,11 +57,9 @@ func (s *search) find(g *generation) (*generation, error) {
 		changes := s.pool.changes.Load()
 		err := s.round(g)
 		if errors.Is(err, errMoved) {
-			newest := registry.newest(g.name)
-			if newest == nil {
-				return g, errAbandoned
+			if newest := registry.newest(g.name); newest != nil {
+				g = newest
 			}
-			g = newest
 			continue
 		}
 		if err == nil || !errors.Is(err, errNoBackend) {
@@ -126,7 +124,10 @@ func (s *search) round(g *generation) error {
 			_ = conn.Close()
 			release()
 			s.attempts-- // it did not fail
-			return errMoved
+			if registry.newest(g.name) != nil {
+				return errMoved
+			}
+			continue
 		}
 		release()
 		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {

@@ -3,6 +3,8 @@ package tcplb
 import (
 	"maps"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // departedFor is how long the series of a backend or pool stay after its last
@@ -27,7 +29,8 @@ type departedBackend struct {
 
 type departedPool struct {
 	*pool
-	until time.Time
+	until  time.Time
+	untold bool // its end is not in the log
 }
 
 func newDepartedSeries() departedSeries {
@@ -39,7 +42,7 @@ func (d *departedSeries) add(p *pool, b *Backend) {
 }
 
 func (d *departedSeries) addPool(p *pool) {
-	d.pools[p.name] = departedPool{p, time.Now().Add(departedFor)}
+	d.pools[p.name] = departedPool{p, time.Now().Add(departedFor), caddy.Exiting()}
 }
 
 // prune forgets those whose time is over. It looks at all.

@@ -58,7 +58,13 @@ const exitMargin = time.Second
 // the second, and cuts them. Caddy calls this with the listeners closed and the
 // metrics endpoint still up.
 func drainOnExit(ctx context.Context) {
-	end := time.Unix(0, max(exitEnd.Load(), time.Now().UnixNano()))
+	end := time.Unix(0, exitEnd.Load())
+	if exitEnd.Load() == 0 { // the config has no pool: those of earlier ones keep their time
+		end = registry.lastDrainEnd()
+	}
+	if now := time.Now(); end.Before(now) {
+		end = now
+	}
 	registry.drainBefore(end) // also what an earlier config gave more time
 	limit := time.Until(end) + exitMargin
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -82,9 +88,33 @@ func drainOnExit(ctx context.Context) {
 		registry.drainBefore(time.Now())
 		open.wait(ctx)
 	}
-	for _, p := range registry.snapshot() {
+	pools, departed, _ := registry.snapshotWithDeparted()
+	for _, p := range departed {
+		if p.untold {
+			p.logEnd(poolView{pool: p.pool}.total())
+		}
+	}
+	for _, p := range pools {
 		p.logEnd(p.total()) // those whose connections could not be ended in time
 	}
+}
+
+// lastDrainEnd returns when the last of the drain timeouts ends that have begun.
+func (r *poolRegistry) lastDrainEnd() (last time.Time) {
+	for _, p := range r.snapshot() {
+		ends := []time.Time{p.drainLimit()}
+		for _, b := range p.backends {
+			b.mu.Lock()
+			ends = append(ends, b.drainEnd)
+			b.mu.Unlock()
+		}
+		for _, end := range ends {
+			if end.After(last) {
+				last = end
+			}
+		}
+	}
+	return last
 }
 
 // drainBefore ends all that is drained for longer by then.

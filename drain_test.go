@@ -5,10 +5,12 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
 )
 
@@ -29,6 +31,51 @@ func TestDrainTimeoutOfTheNewConfigHolds(t *testing.T) {
 	expectReset(t, first)
 	write(t, second, "y")
 	expect(t, second, "y")
+}
+
+// A client that comes just as its backend leaves the config does not take the
+// drain timeout from those that are there.
+func TestDrainBeginsInOneStep(t *testing.T) {
+	f := newFakeNet()
+	run := func() *generation {
+		g, _ := testGeneration(t, f, func(h *Handler) {
+			h.Backends = backendList(one)
+			h.DrainTimeout = new(caddy.Duration(time.Hour))
+			checksOff(h)
+		})
+		return g
+	}
+	g := run()
+	g.start()
+	b := g.members[0].Backend
+	_, release := b.hold()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for !isClosed(stop) {
+				s := &session{link: link{backend: b}}
+				_ = b.enter(s)
+				b.leave(s, reasonClientClosed, 0)
+			}
+		})
+	}
+	for range 2000 {
+		g.stop()
+		b.mu.Lock()
+		end, cut := b.drainEnd, b.cutAt
+		b.mu.Unlock()
+		if g = run(); cut || time.Until(end) < time.Minute {
+			break
+		}
+		g.start()
+		require.Same(t, b, g.members[0].Backend)
+	}
+	close(stop)
+	wg.Wait()
+	require.True(t, isClosed(g.started), "never cut, and an hour to go")
+	release()
+	g.stop()
 }
 
 // What a removal did to connections is in the log, and to be scraped afterwards.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -131,6 +132,29 @@ func TestExitEndsOlderDrains(t *testing.T) {
 	}
 	require.Equal(t, 0, c.wait(t))
 	require.EqualValues(t, 4, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
+}
+
+// An exit of a config without a pool leaves the pools of earlier ones their time.
+func TestExitKeepsDrainsOfRemovedPools(t *testing.T) {
+	s := echoServer(t)
+	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+	with := strings.Replace(adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web","drain_timeout":"1h",`+backendsJSON(s.address)+"}"), `"PANIC"`, `"INFO"`, 1)
+	c := startChild(t, with)
+	eventually(t, func() bool { return listens(lb) }, "listening")
+	conn := hold(t, lb)
+	without := regexp.MustCompile(`\{"handler":"tcp_lb",.*?\]\}`).ReplaceAllString(with, `{"handler":"echo"}`)
+	require.NotContains(t, without, `"tcp_lb",`)
+	status, body := request(t, http.MethodPost, "http://"+admin+"/load", without)
+	require.Equal(t, 200, status, body)
+	c.line(t, "pool left the config")
+	c.signal(t, terminate)
+	require.Greater(t, c.line(t, "waiting for open connections")["at_most"], 3000.0)
+	write(t, conn, "still here")
+	expect(t, conn, "still here")
+	c.signal(t, terminate)
+	expectReset(t, conn)
+	require.Equal(t, 0, c.wait(t))
+	require.EqualValues(t, 1, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
 }
 
 // Caddy stops its apps one after the other, and an HTTP server waits for its

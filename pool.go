@@ -152,14 +152,7 @@ func (r *poolRegistry) stop(g *generation) {
 	var lines logLines
 	for _, m := range g.members {
 		b := m.Backend
-		b.mu.Lock()
-		b.users--
-		unused := b.users == 0
-		b.mu.Unlock()
-		if !unused {
-			continue
-		}
-		if open := b.startDraining(until); open > 0 && !caddy.Exiting() {
+		if open := b.unuse(until); open > 0 && !caddy.Exiting() {
 			lines.add("backend left the config, draining its connections",
 				zap.String("lb", p.name), zap.String("backend", b.address),
 				zap.Int("connections", open), zap.Time("until", until))
@@ -340,14 +333,14 @@ func (r *poolRegistry) dropIfUnusedLocked(b *Backend) (was drained, dropped bool
 }
 
 // forgetIfEmptyLocked drops a pool that no config and no connection needs any
-// more, and reports whether it did, and what the pool did.
-func (r *poolRegistry) forgetIfEmptyLocked(p *pool) (forgotten bool, did totals) {
+// more. It reports whether it did and that is to be logged, and what the pool did.
+func (r *poolRegistry) forgetIfEmptyLocked(p *pool) (ended bool, did totals) {
 	if len(p.generations) > 0 || len(p.backends) > 0 || p.active.Load() > 0 || r.pools[p.name] != p {
 		return false, totals{}
 	}
 	delete(r.pools, p.name)
 	r.departed.addPool(p)
-	return true, p.gone
+	return !caddy.Exiting(), p.gone // else drainOnExit tells, once
 }
 
 // newest returns the newest running generation of the name, or nil.

@@ -196,7 +196,7 @@ func (a listenAddress) check(s *layer4Server) error {
 		return wrong("tcp_lb/ is TCP: write unix/" + path)
 	case a.Host == networkName && a.Network == "tcp" && !strings.HasPrefix(a.text, "tcp/"):
 		return wrong(fmt.Sprintf("is tcp_lb/:%s meant? tcp_lb: is a host of that name (tcp/%s if it is)", a.PortRange(), a.text))
-	case a.hasPort():
+	case a.hasPort(), !portNetworks[a.Network]:
 		return nil
 	case literal != nil && strings.Contains(a.Host, ":"):
 		return wrong("the port is missing, or an IPv6 address lacks its brackets, [IPv6]:port")
@@ -205,6 +205,10 @@ func (a listenAddress) check(s *layer4Server) error {
 	}
 	return wrong("the port is missing (0 is one that the kernel chooses)")
 }
+
+// portNetworks are those whose addresses must have a port. What other modules
+// bring may do without.
+var portNetworks = map[string]bool{"tcp": true, "tcp4": true, "tcp6": true, networkName: true}
 
 // PortRange returns the ports as they are written.
 func (a listenAddress) PortRange() string {
