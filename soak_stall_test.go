@@ -45,6 +45,10 @@ func (b *soakBackend) naps() time.Duration { return rand.N(2 * stallTimeout) }
 func (s *soak) stall(rnd *rand.Rand) {
 	c := &soakClient{rnd: rnd}
 	conn, err := net.DialTimeout("tcp", s.stalls, hangTimeout)
+	if isReset(err) { // with its backend, before the client came to know that it was connected
+		s.stalled.cut.Add(1)
+		return
+	}
 	if err != nil {
 		s.add("connecting: %v", err)
 		return
@@ -125,6 +129,10 @@ func (c *soakClient) stalledUpload() error {
 // and says nothing or the least that is no answer to that.
 func (s *soak) beSilent(rnd *rand.Rand) {
 	conn, err := net.DialTimeout("tcp", s.silences, hangTimeout)
+	if isReset(err) {
+		s.stalled.early.Add(1)
+		return
+	}
 	if err != nil {
 		s.add("connecting: %v", err)
 		return
