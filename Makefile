@@ -39,7 +39,7 @@ bench: ## Compare with caddy-l4's proxy, and with HAProxy and nginx if installed
 	$(GO) run ./bench
 
 bench-parts: ## Run the Go benchmarks
-	$(GO) test -run '^$$' -bench . -benchmem .
+	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 docker-build: ## Build the image
 	docker build -t caddy-tcp-lb .

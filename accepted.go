@@ -4,6 +4,8 @@ import (
 	"net"
 	"sync/atomic"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
 // acceptedConn is a client's connection from a listener of this package. It
@@ -161,6 +163,9 @@ func (c *acceptedConn) tryAdmit() bool {
 	return true
 }
 
+// NetConn returns the socket.
+func (c *acceptedConn) NetConn() net.Conn { return c.TCPConn }
+
 // takeOver leaves it to the session to end the connection. Until the handler
 // returns, caddy-l4 holds a goroutine with a grown stack, a buffer, two maps and
 // more, nearly as much as all else that a connection takes. So the handler
@@ -215,7 +220,7 @@ func acceptedFrom(conn net.Conn) *acceptedConn {
 		if c, ok := conn.(*acceptedConn); ok {
 			return c
 		}
-		conn = unwrap(conn)
+		conn = relay.Unwrap(conn)
 	}
 	return nil
 }

@@ -15,7 +15,7 @@ const fallbackDelay = 300 * time.Millisecond
 type connectFunc func(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error)
 
 func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
-	d := net.Dialer{Deadline: deadline, KeepAlive: -1} // see keepAliveAfter
+	d := net.Dialer{Deadline: deadline, KeepAlive: -1} // see relay.KeepAlive
 	return d.DialContext(ctx, "tcp", to.String())
 }
 

@@ -52,7 +52,7 @@ func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn,
 	if t.name != nil {
 		return dialName(ctx, t, time.Now().Add(timeout))
 	}
-	d := net.Dialer{Timeout: timeout, KeepAlive: -1} // see keepAliveAfter
+	d := net.Dialer{Timeout: timeout, KeepAlive: -1} // see relay.KeepAlive
 	if t.unix != "" {
 		return d.DialContext(ctx, "unix", t.unix)
 	}

@@ -10,11 +10,6 @@ var (
 	refusedErrnos = []error{syscall.ECONNREFUSED}
 	// timeoutErrnos: no answer in the time that the kernel allows.
 	timeoutErrnos = []error{syscall.ETIMEDOUT}
-	// resetErrnos: the peer reset an open connection, or was lost.
-	resetErrnos = []error{
-		syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNABORTED,
-		syscall.ETIMEDOUT, syscall.EHOSTUNREACH, syscall.ENETUNREACH,
-	}
 	// shortageErrnos: of files, memory or places in epoll (ENOSPC), on this side.
 	shortageErrnos = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ENOSPC}
 	// noAddressErrnos: no local port is left for a connect, or no local address

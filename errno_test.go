@@ -7,6 +7,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/stretchr/testify/require"
 )
 
@@ -26,11 +27,11 @@ func TestErrno(t *testing.T) {
 			read := fmt.Errorf("relaying: %w", &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", c.errno)})
 			require.Equal(t, c.kind, classify(connect))
 			require.Equal(t, c.kind, classify(errors.Join(errNoBackend, connect)))
-			require.Equal(t, c.reset, isReset(read))
+			require.Equal(t, c.reset, relay.IsReset(read))
 			require.Equal(t, c.shortage, isScarcity(connect))
 		})
 	}
 	require.Equal(t, dialOther, classify(errNoBackend))
-	require.False(t, isReset(nil))
+	require.False(t, relay.IsReset(nil))
 	require.False(t, isScarcity(nil))
 }

@@ -10,13 +10,8 @@ import (
 // syscall that are called as on Unix are made up for source compatibility:
 // Winsock returns its own, and neither Is the other.
 var (
-	refusedErrnos = []error{windows.WSAECONNREFUSED, syscall.ECONNREFUSED}
-	timeoutErrnos = []error{windows.WSAETIMEDOUT, syscall.ETIMEDOUT}
-	resetErrnos   = []error{
-		windows.WSAECONNRESET, windows.WSAECONNABORTED, windows.WSAENETRESET,
-		windows.WSAETIMEDOUT, windows.WSAEHOSTUNREACH, windows.WSAENETUNREACH,
-		syscall.ECONNRESET, syscall.EPIPE, // of Go's own making
-	}
+	refusedErrnos  = []error{windows.WSAECONNREFUSED, syscall.ECONNREFUSED}
+	timeoutErrnos  = []error{windows.WSAETIMEDOUT, syscall.ETIMEDOUT}
 	shortageErrnos = []error{
 		windows.WSAEMFILE, windows.WSAENOBUFS,
 		windows.ERROR_TOO_MANY_OPEN_FILES, windows.ERROR_NOT_ENOUGH_MEMORY, windows.ERROR_NO_SYSTEM_RESOURCES,

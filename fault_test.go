@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
 )
@@ -102,7 +103,7 @@ func TestFaultResetMidStream(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, c.SetLinger(0))
 	require.NoError(t, c.Close())
-	require.True(t, isReset(<-seen), "the backend sees a reset, not an end")
+	require.True(t, relay.IsReset(<-seen), "the backend sees a reset, not an end")
 	requireBooksBalance(t, 1)
 	require.EqualValues(t, 1, closedFor(t, s, reasonClientReset))
 
@@ -112,7 +113,7 @@ func TestFaultResetMidStream(t *testing.T) {
 	if err == nil {
 		_, err = io.ReadAll(c)
 	}
-	require.True(t, isReset(err), "the client sees a reset: %v", err)
+	require.True(t, relay.IsReset(err), "the client sees a reset: %v", err)
 	requireBooksBalance(t, 2)
 	require.EqualValues(t, 1, closedFor(t, s, reasonBackendReset))
 }
@@ -214,7 +215,7 @@ func TestFaultBackendDiesWithConnections(t *testing.T) {
 		_, written := io.WriteString(c, "y")
 		_, read := io.ReadFull(c, make([]byte, 1))
 		if err := errors.Join(written, read); err != nil {
-			require.True(t, isReset(err), "%v", err) // the first of the two has it
+			require.True(t, relay.IsReset(err), "%v", err) // the first of the two has it
 			reset++
 		}
 	}

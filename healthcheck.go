@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"go.uber.org/zap"
 )
 
@@ -186,7 +187,7 @@ func (c *checker) run(ctx context.Context) {
 			c.next(timer, checks.fastInterval)
 			continue
 		}
-		if first && !again && isReset(err) {
+		if first && !again && relay.IsReset(err) {
 			// The first probe decides alone. With a reload it may have met with the
 			// end of a listener that another one follows, of this very process.
 			again = true

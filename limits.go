@@ -5,12 +5,16 @@ import (
 	"math"
 	"net"
 	"sync/atomic"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
 // The balancer must never let the process run out of files: caddy-l4 stops
 // accepting for good when it does. So every file that it opens, or has caddy-l4
 // open for it, is taken from one budget for the process, and refused in time.
 var files = newFileBudget(openFileLimit())
+
+func init() { relay.LimitPipes(int(files.limit / 64)) }
 
 const filesPerConnection = 2 // the client's socket and the backend's
 

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -66,7 +67,7 @@ func (c *crowd) join(lb string) {
 	case err == nil:
 		c.served = append(c.served, conn)
 		return
-	case isReset(err) || err == io.EOF:
+	case relay.IsReset(err) || err == io.EOF:
 		c.refused++
 	default:
 		c.failed = append(c.failed, err)

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -99,12 +100,12 @@ func openSocket(ctx context.Context, address string, config net.ListenConfig) (n
 
 type socketOption struct{ level, name, value int }
 
-// keepAliveOptions are keepAlive as socket options.
+// keepAliveOptions are relay.KeepAlive as socket options.
 var keepAliveOptions = []socketOption{
 	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle / time.Second)},
-	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval / time.Second)},
-	{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(relay.KeepAlive.Idle / time.Second)},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(relay.KeepAlive.Interval / time.Second)},
+	{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, relay.KeepAlive.Count},
 }
 
 func setOptions(c syscall.RawConn, options []socketOption) error {

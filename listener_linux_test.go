@@ -280,3 +280,13 @@ func TestAcceptSurvivesLackOfFiles(t *testing.T) {
 	require.NoError(t, ln.Close())
 	require.ErrorIs(t, <-failed, net.ErrClosed)
 }
+
+func socketOptionOf(t testing.TB, c *net.TCPConn, o socketOption) (value int) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	require.NoError(t, err)
+	cerr := raw.Control(func(fd uintptr) { value, err = unix.GetsockoptInt(int(fd), o.level, o.name) })
+	require.NoError(t, cerr)
+	require.NoError(t, err)
+	return value
+}

@@ -1,21 +1,27 @@
 package tcplb
 
+import "github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
+
 // reason says why a connection ended. Its names are the values of the metrics'
 // label "reason" and of the access log's field of that name.
-type reason uint32
+type reason relay.Reason
+
+// Those that a relay finds.
+const (
+	reasonNone          = reason(relay.None)
+	reasonClientClosed  = reason(relay.ClientClosed)
+	reasonBackendClosed = reason(relay.BackendClosed)
+	reasonClientReset   = reason(relay.ClientReset)
+	reasonBackendReset  = reason(relay.BackendReset)
+	reasonIdleTimeout   = reason(relay.IdleTimeout)
+	reasonError         = reason(relay.Error)
+)
 
 const (
-	reasonNone               reason = iota // still open
-	reasonClientClosed                     // the client closed first
-	reasonBackendClosed                    // the backend closed first
-	reasonClientReset                      // the client reset the connection, or was lost
-	reasonBackendReset                     // the backend reset the connection, or was lost
-	reasonIdleTimeout                      // no byte either way for idle_timeout
-	reasonDrainTimeout                     // cut at the end of drain_timeout
-	reasonNoBackend                        // no backend could be reached
-	reasonMaxConnections                   // over the connection limit
-	reasonError                            // anything else: a TLS error, a panic
-	reasonBackendClosedEarly               // the backend closed first, at once and before it had sent a byte
+	reasonDrainTimeout       = reason(relay.OwnReasons) + iota // cut at the end of drain_timeout
+	reasonNoBackend                                            // no backend could be reached
+	reasonMaxConnections                                       // over the connection limit
+	reasonBackendClosedEarly                                   // the backend closed first, at once and before it had sent a byte
 	numReasons
 )
 
@@ -34,12 +40,6 @@ var reasonNames = [numReasons]string{
 }
 
 func (r reason) String() string { return reasonNames[r] }
-
-// orderly reports whether one side simply closed. Such a reason gives way to
-// any other: a stream that is half-closed and then reset was reset.
-func (r reason) orderly() bool {
-	return r == reasonClientClosed || r == reasonBackendClosed
-}
 
 // failure reports whether the connection failed, for which the network, a
 // client or an operator's cut is not to blame.

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/mholt/caddy-l4/layer4"
 	"go.uber.org/zap"
 )
@@ -19,9 +20,9 @@ type session struct {
 	// client is what the handler was called with, or the accepted connection
 	// inside it where that was taken over.
 	client    net.Conn
-	leavePool func() // nil: it was not admitted
-	link             // to the backend, once it has one
-	relay     *relay // nil: it never had a backend
+	leavePool func()      // nil: it was not admitted
+	link                  // to the backend, once it has one
+	relay     *relay.Pair // nil: it never had a backend
 	began     time.Time
 	why       reason
 	err       error
@@ -39,10 +40,10 @@ func (g *generation) serve(cx *layer4.Connection) {
 	if c, ok := cx.Conn.(*acceptedConn); ok {
 		c.takeOver()
 		s.client = c
-		s.relay.start(s.finish)
+		s.relay.Start(s.finish)
 		return
 	}
-	s.relay.run()
+	s.relay.Run()
 	s.finish()
 }
 
@@ -67,11 +68,13 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 		s.why = find.failure(s.err)
 		return false
 	}
-	r := newRelay(client, s.conn, g.idleTimeout)
-	r.onPanic = s.pool.logPanic
-	r.up.total, r.down.total = &s.backend.stats.received, &s.backend.stats.sent
-	r.up.first = prefetched(cx)
-	s.relay = r
+	s.relay = relay.New(client, s.conn, relay.Options{
+		IdleTimeout: g.idleTimeout,
+		First:       prefetched(cx),
+		Up:          &s.backend.stats.received,
+		Down:        &s.backend.stats.sent,
+		OnPanic:     s.pool.logPanic,
+	})
 	if !s.backend.enter(s) {
 		s.end(reasonDrainTimeout)
 	}
@@ -91,7 +94,7 @@ func (s *search) failure(err error) reason {
 }
 
 // end cuts the session short, for the reason.
-func (s *session) end(why reason) { s.relay.cut(why) }
+func (s *session) end(why reason) { s.relay.Cut(relay.Reason(why)) }
 
 // finish closes, counts and logs, and lets go of the backend.
 func (s *session) finish() {
@@ -108,8 +111,8 @@ func (s *session) finish() {
 	s.contain(s.closeClient)
 	duration := time.Since(s.began)
 	if s.relay != nil {
-		s.why = s.relay.reason()
-		if s.why == reasonBackendClosed && s.relay.down.moved.Load() == 0 && duration < earlyClose {
+		s.why = reason(s.relay.Reason())
+		if _, sent := s.relay.Moved(); s.why == reasonBackendClosed && sent == 0 && duration < earlyClose {
 			s.why = reasonBackendClosedEarly
 		}
 		s.backend.leave(s, s.why, duration)
@@ -194,7 +197,7 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 	}
 	var received, sent uint64
 	if s.relay != nil {
-		received, sent = s.relay.up.moved.Load(), s.relay.down.moved.Load()
+		received, sent = s.relay.Moved()
 	}
 	fields := []zap.Field{
 		zap.String("lb", s.pool.name),

@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
 // The kinds of connections in the soak; the byte is a client's first. A backend
@@ -222,7 +224,7 @@ func (c *soakClient) untilReset() error {
 	switch err := c.end(reasonBackendReset); {
 	case err == nil:
 		return fmt.Errorf("no reset: %w", io.ErrUnexpectedEOF)
-	case isReset(err):
+	case relay.IsReset(err):
 		return nil
 	default:
 		return err

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
 // The clients that stall have a pool of their own, whose idle timeout is within
@@ -45,7 +47,7 @@ func (b *soakBackend) naps() time.Duration { return rand.N(2 * stallTimeout) }
 func (s *soak) stall(rnd *rand.Rand) {
 	c := &soakClient{rnd: rnd}
 	conn, err := net.DialTimeout("tcp", s.stalls, hangTimeout)
-	if isReset(err) { // with its backend, before the client came to know that it was connected
+	if relay.IsReset(err) { // with its backend, before the client came to know that it was connected
 		s.stalled.cut.Add(1)
 		return
 	}
@@ -64,11 +66,11 @@ func (s *soak) stall(rnd *rand.Rand) {
 		kind, err = "an upload nobody reads", c.stalledUpload()
 	default:
 		kind, count = "silence", &s.stalled.silent
-		if _, err = io.ReadFull(c.conn, make([]byte, 1)); isReset(err) {
+		if _, err = io.ReadFull(c.conn, make([]byte, 1)); relay.IsReset(err) {
 			err = nil
 		}
 	}
-	if isReset(err) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	if relay.IsReset(err) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		count, err = &s.stalled.cut, nil
 	}
 	count.Add(1)
@@ -129,7 +131,7 @@ func (c *soakClient) stalledUpload() error {
 // and says nothing or the least that is no answer to that.
 func (s *soak) beSilent(rnd *rand.Rand) {
 	conn, err := net.DialTimeout("tcp", s.silences, hangTimeout)
-	if isReset(err) {
+	if relay.IsReset(err) {
 		s.stalled.early.Add(1)
 		return
 	}
@@ -143,7 +145,7 @@ func (s *soak) beSilent(rnd *rand.Rand) {
 		_, _ = conn.Write([]byte{22}) // of a TLS hello
 	}
 	s.stalled.early.Add(1)
-	if _, err := io.ReadFull(conn, make([]byte, 1)); !isReset(err) {
+	if _, err := io.ReadFull(conn, make([]byte, 1)); !relay.IsReset(err) {
 		s.add("silence ahead of the handler: %v", err)
 	}
 }

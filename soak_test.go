@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
 )
@@ -273,7 +274,7 @@ func (s *soak) connect(rnd *rand.Rand) {
 	case err == nil:
 		c.record.disturbed = disturbed
 		s.records = append(s.records, c.record)
-	case disturbed && isReset(err) && !errors.Is(err, io.ErrUnexpectedEOF):
+	case disturbed && relay.IsReset(err) && !errors.Is(err, io.ErrUnexpectedEOF):
 		s.excused++
 	default:
 		s.add("a connection of kind %c to backend %d, disturbed: %v: %v", c.kind, c.backend, disturbed, err)

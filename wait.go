@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
 // waiters are the clients of a pool that wait: for a backend to be available, or
@@ -113,7 +115,7 @@ func (w *waiter) wait(until time.Time) (left reason) {
 
 // innermost returns the connection inside of all wrappers.
 func innermost(conn net.Conn) net.Conn {
-	for inner := conn; inner != nil; inner = unwrap(inner) {
+	for inner := conn; inner != nil; inner = relay.Unwrap(inner) {
 		conn = inner
 	}
 	return conn

@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"bytes"
@@ -66,9 +66,9 @@ func TestDeliveriesShareAGoroutine(t *testing.T) {
 	require.Equal(t, many, strings.Count(string(stacks), "(*direction).move("))
 	for _, r := range relays {
 		got, err := io.ReadAll(r.client)
-		require.True(t, isReset(err), "%v", err)
+		require.True(t, IsReset(err), "%v", err)
 		require.True(t, bytes.Equal(sent, got), "%d of %d bytes", len(got), len(sent))
-		require.Equal(t, reasonBackendReset, r.reason(t))
+		require.Equal(t, BackendReset, r.reason(t))
 	}
 }
 
@@ -76,9 +76,9 @@ func TestDeliveriesShareAGoroutine(t *testing.T) {
 func TestDeliveriesTakeTurns(t *testing.T) {
 	const many = 2*deliveryLook + 10
 	q := &deliveryQueue{running: true} // not a goroutine, but this test
-	var relays []*relay
+	var relays []*Pair
 	for range many {
-		r := &relay{}
+		r := &Pair{}
 		r.running.Store(2)
 		q.add(r, &r.client, true)
 		relays = append(relays, r)
@@ -104,9 +104,9 @@ func TestDeliveriesTakeTurns(t *testing.T) {
 		require.Equal(t, min(deliveryLook, many-1-i), turn())
 	}
 	require.False(t, q.running)
-	ended := &relay{}
+	ended := &Pair{}
 	q.add(ended, &ended.client, true)
-	severed := &relay{}
+	severed := &Pair{}
 	severed.running.Store(1)
 	severed.severed.Store(true)
 	q.add(severed, &severed.client, true)
@@ -117,8 +117,8 @@ func TestCutEndsADelivery(t *testing.T) {
 	requireUnsent(t)
 	r, _ := undelivered(t)
 	r.awaited(t)
-	r.relay.cut(reasonDrainTimeout)
-	require.Equal(t, reasonBackendReset, r.reason(t), "which was the reason already")
+	r.relay.Cut(drained)
+	require.Equal(t, BackendReset, r.reason(t), "which was the reason already")
 	deliveries.mu.Lock()
 	defer deliveries.mu.Unlock()
 	require.Nil(t, r.relay.awaits)
@@ -140,7 +140,7 @@ func TestDeliveryIsGivenUp(t *testing.T) {
 			require.True(t, d.done(d.to, d.last, d.began.Add(after)))
 			d.left++
 			require.Equal(t, after == deliveryLimit, d.done(d.to, d.last, d.began.Add(after)), "progress is time to go on, but not for ever")
-			r.relay.cut(reasonError)
+			r.relay.Cut(Error)
 			r.reason(t)
 		})
 	}
@@ -159,6 +159,6 @@ func TestResetIsFoundBehindAStalledReceiver(t *testing.T) {
 	require.Same(t, &r.relay.client, d.to)
 	deliveries.look(d, time.Now().Add(deliveryPatience)) // the first look is where the patience begins
 	deliveries.look(d, time.Now().Add(3*deliveryPatience))
-	require.Equal(t, reasonBackendReset, r.reason(t))
+	require.Equal(t, BackendReset, r.reason(t))
 	expectReset(t, r.client)
 }

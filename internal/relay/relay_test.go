@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"bytes"
@@ -19,27 +19,30 @@ import (
 // ends.
 type relayed struct {
 	client, backend *net.TCPConn
-	relay           *relay
+	relay           *Pair
 	received, sent  atomic.Uint64
-	why             chan reason
+	why             chan Reason
 }
 
 func startRelay(t testing.TB, idle time.Duration, wrap func(net.Conn) net.Conn) *relayed {
 	t.Helper()
-	r := &relayed{why: make(chan reason, 1)}
+	r := &relayed{why: make(chan Reason, 1)}
 	var nearClient, nearBackend net.Conn
 	r.client, nearClient = tcpPair(t)
 	r.backend, nearBackend = tcpPair(t)
 	if wrap != nil {
 		nearClient = wrap(nearClient)
 	}
-	r.relay = newRelay(nearClient, nearBackend, idle)
-	r.relay.up.total, r.relay.down.total = &r.received, &r.sent
-	r.relay.onPanic = func(v any, stack []byte) { t.Errorf("panic: %v\n%s", v, stack) }
+	r.relay = New(nearClient, nearBackend, Options{
+		IdleTimeout: idle,
+		Up:          &r.received,
+		Down:        &r.sent,
+		OnPanic:     func(v any, stack []byte) { t.Errorf("panic: %v\n%s", v, stack) },
+	})
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		r.why <- r.relay.run()
+		r.why <- r.relay.Run()
 		_ = nearClient.Close()
 		_ = nearBackend.Close()
 	}()
@@ -55,27 +58,14 @@ func startRelay(t testing.TB, idle time.Duration, wrap func(net.Conn) net.Conn) 
 	return r
 }
 
-// tcpPair returns both ends of a loopback connection, the first with a deadline.
-func tcpPair(t testing.TB) (far *net.TCPConn, near net.Conn) {
-	t.Helper()
-	ln := listen(t)
-	defer ln.Close()
-	c, err := net.Dial("tcp", ln.Addr().String())
-	require.NoError(t, err)
-	near, err = ln.Accept()
-	require.NoError(t, err)
-	require.NoError(t, c.SetDeadline(time.Now().Add(hangTimeout)))
-	return c.(*net.TCPConn), near
-}
-
-func (r *relayed) reason(t testing.TB) reason {
+func (r *relayed) reason(t testing.TB) Reason {
 	t.Helper()
 	select {
 	case why := <-r.why:
 		return why
 	case <-time.After(hangTimeout):
 		require.FailNow(t, "the relay does not end")
-		return reasonNone
+		return None
 	}
 }
 
@@ -99,38 +89,11 @@ func variants(t *testing.T, test func(t *testing.T, r *relayed, a, b *net.TCPCon
 	}
 }
 
-func pickReason(client bool, ifClient, ifBackend reason) reason {
+func pickReason(client bool, ifClient, ifBackend Reason) Reason {
 	if client {
 		return ifClient
 	}
 	return ifBackend
-}
-
-func write(t testing.TB, c net.Conn, s string) {
-	t.Helper()
-	_, err := io.WriteString(c, s)
-	require.NoError(t, err)
-}
-
-func expect(t testing.TB, c net.Conn, s string) {
-	t.Helper()
-	b := make([]byte, len(s))
-	_, err := io.ReadFull(c, b)
-	require.NoError(t, err)
-	require.Equal(t, s, string(b))
-}
-
-func expectEOF(t testing.TB, c net.Conn) {
-	t.Helper()
-	n, err := c.Read(make([]byte, 1))
-	require.Zero(t, n)
-	require.Equal(t, io.EOF, err)
-}
-
-func expectReset(t testing.TB, c net.Conn) {
-	t.Helper()
-	_, err := io.ReadAll(c)
-	require.ErrorIs(t, err, syscall.ECONNRESET)
 }
 
 func TestRelayHalfClose(t *testing.T) {
@@ -143,7 +106,7 @@ func TestRelayHalfClose(t *testing.T) {
 		expect(t, a, "a long answer")
 		require.NoError(t, b.Close())
 		expectEOF(t, a)
-		require.Equal(t, pickReason(aIsClient, reasonClientClosed, reasonBackendClosed), r.reason(t))
+		require.Equal(t, pickReason(aIsClient, ClientClosed, BackendClosed), r.reason(t))
 	})
 }
 
@@ -154,7 +117,7 @@ func TestRelayReset(t *testing.T) {
 		require.NoError(t, a.SetLinger(0))
 		require.NoError(t, a.Close())
 		expectReset(t, b)
-		require.Equal(t, pickReason(aIsClient, reasonClientReset, reasonBackendReset), r.reason(t))
+		require.Equal(t, pickReason(aIsClient, ClientReset, BackendReset), r.reason(t))
 	})
 }
 
@@ -189,13 +152,8 @@ func TestRelayResetSeenByWriter(t *testing.T) {
 		require.NoError(t, a.SetLinger(0))
 		require.NoError(t, a.Close())
 		expectReset(t, b)
-		require.Equal(t, reasonClientReset, r.reason(t))
+		require.Equal(t, ClientReset, r.reason(t))
 	}
-}
-
-func fill(b []byte) {
-	r := rand.NewChaCha8([32]byte{1})
-	_, _ = r.Read(b)
 }
 
 func TestRelayLongStreamsBothWays(t *testing.T) {
@@ -274,7 +232,7 @@ func TestRelayBackpressure(t *testing.T) {
 func TestRelayOfWhatAnotherCloses(t *testing.T) {
 	for name, wrap := range map[string]func(net.Conn) net.Conn{"bare": nil, "wrapped": hide} {
 		for _, client := range []bool{true, false} {
-			t.Run(name+"/"+pickReason(client, reasonClientClosed, reasonBackendClosed).String(), func(t *testing.T) {
+			t.Run(name+"/"+map[bool]string{true: "client", false: "backend"}[client], func(t *testing.T) {
 				r := startRelay(t, 0, wrap)
 				closed, other := r.relay.client.base, r.backend
 				if !client {
@@ -284,7 +242,7 @@ func TestRelayOfWhatAnotherCloses(t *testing.T) {
 				expect(t, r.backend, "x")
 				require.NoError(t, closed.Close())
 				expectReset(t, other)
-				require.Equal(t, reasonError, r.reason(t))
+				require.Equal(t, Error, r.reason(t))
 			})
 		}
 	}
@@ -302,7 +260,7 @@ func TestRelayIdleTimeout(t *testing.T) {
 	r := startRelay(t, 50*time.Millisecond, nil)
 	expectReset(t, r.client)
 	expectReset(t, r.backend)
-	require.Equal(t, reasonIdleTimeout, r.reason(t))
+	require.Equal(t, IdleTimeout, r.reason(t))
 }
 
 func TestIdleTime(t *testing.T) {
@@ -335,17 +293,17 @@ func TestRelayIdleTimeoutCountsFromTheLastByte(t *testing.T) {
 	eventually(t, func() bool { return r.sent.Load() == 10 }, "and these")
 	passes(50 * time.Minute)
 	passes(time.Hour)
-	require.Equal(t, reasonIdleTimeout, r.reason(t))
+	require.Equal(t, IdleTimeout, r.reason(t))
 }
 
 func TestRelayCut(t *testing.T) {
 	r := startRelay(t, 0, nil)
 	write(t, r.client, "x")
 	expect(t, r.backend, "x")
-	r.relay.cut(reasonDrainTimeout)
+	r.relay.Cut(drained)
 	expectReset(t, r.client)
 	expectReset(t, r.backend)
-	require.Equal(t, reasonDrainTimeout, r.reason(t))
+	require.Equal(t, drained, r.reason(t))
 }
 
 // The backend answers and closes; the client, still sending, gets the answer.
@@ -363,26 +321,26 @@ func TestRelayBackendClosesWhileClientSends(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	require.Equal(t, reasonBackendClosed, r.reason(t))
+	require.Equal(t, BackendClosed, r.reason(t))
 }
 
 func TestConclude(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		whys []reason
-		want reason
+		whys []Reason
+		want Reason
 	}{
-		{"first close stays", []reason{reasonClientClosed, reasonBackendClosed}, reasonClientClosed},
-		{"a close gives way to a reset", []reason{reasonClientClosed, reasonBackendReset}, reasonBackendReset},
-		{"a reset stays", []reason{reasonClientReset, reasonDrainTimeout}, reasonClientReset},
-		{"a close does not follow a cut", []reason{reasonIdleTimeout, reasonBackendClosed}, reasonIdleTimeout},
+		{"first close stays", []Reason{ClientClosed, BackendClosed}, ClientClosed},
+		{"a close gives way to a reset", []Reason{ClientClosed, BackendReset}, BackendReset},
+		{"a reset stays", []Reason{ClientReset, drained}, ClientReset},
+		{"a close does not follow a cut", []Reason{IdleTimeout, BackendClosed}, IdleTimeout},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			var r relay
+			var r Pair
 			for _, why := range c.whys {
 				r.conclude(why)
 			}
-			require.Equal(t, c.want, reason(r.why.Load()))
+			require.Equal(t, c.want, r.Reason())
 		})
 	}
 }
@@ -395,7 +353,7 @@ func TestRelayContainsPanics(t *testing.T) {
 	r := startRelay(t, 0, func(c net.Conn) net.Conn {
 		return hide(c)
 	})
-	r.relay.cut(reasonDrainTimeout)
+	r.relay.Cut(drained)
 	r.reason(t)
 
 	far, near := tcpPair(t)
@@ -404,16 +362,12 @@ func TestRelayContainsPanics(t *testing.T) {
 	defer farBackend.Close()
 	var count atomic.Uint64
 	var caught any
-	broken := newRelay(panicking{near}, nearBackend, 0)
-	broken.up.total, broken.down.total = &count, &count
-	broken.onPanic = func(v any, stack []byte) {
+	broken := New(panicking{near}, nearBackend, Options{Up: &count, Down: &count, OnPanic: func(v any, stack []byte) {
 		caught = v
 		require.Contains(t, string(stack), "panicking")
-	}
-	require.Equal(t, reasonError, broken.run())
+	}})
+	require.Equal(t, Error, broken.Run())
 	require.Equal(t, "a broken wrapper", caught)
 	expectReset(t, far)
 	expectReset(t, farBackend)
 }
-
-func readAllCount(c net.Conn) (int64, error) { return io.Copy(io.Discard, c) }

@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"bytes"
@@ -43,23 +43,22 @@ func multipathPair(t testing.TB) (far *net.TCPConn, near net.Conn) {
 	return c.(*net.TCPConn), near
 }
 
-func startRelayBetween(t testing.TB, client, backend net.Conn) (r *relay, why chan reason) {
+func startRelayBetween(t testing.TB, client, backend net.Conn) (r *Pair, why chan Reason) {
 	t.Helper()
 	var count atomic.Uint64
-	r = newRelay(client, backend, 0)
-	r.up.total, r.down.total = &count, &count
-	why = make(chan reason, 1)
-	r.start(func() {
+	r = New(client, backend, Options{Up: &count, Down: &count})
+	why = make(chan Reason, 1)
+	r.Start(func() {
 		_ = client.Close()
 		_ = backend.Close()
-		why <- r.reason()
+		why <- r.Reason()
 	})
 	return r, why
 }
 
 // A client that speaks MPTCP ends in order, is reset and is cut like any other.
 func TestRelayMultipathClient(t *testing.T) {
-	start := func(t *testing.T) (client, backend *net.TCPConn, r *relay, why chan reason) {
+	start := func(t *testing.T) (client, backend *net.TCPConn, r *Pair, why chan Reason) {
 		client, nearClient := multipathPair(t)
 		backend, nearBackend := tcpPair(t)
 		t.Cleanup(func() { _ = client.Close(); _ = backend.Close() })
@@ -76,28 +75,28 @@ func TestRelayMultipathClient(t *testing.T) {
 		require.NoError(t, backend.Close())
 		expect(t, client, "answer")
 		expectEOF(t, client)
-		require.Equal(t, reasonClientClosed, <-why)
+		require.Equal(t, ClientClosed, <-why)
 	})
 	t.Run("close", func(t *testing.T) {
 		client, backend, _, why := start(t)
 		require.NoError(t, client.Close())
 		expectEOF(t, backend)
 		require.NoError(t, backend.Close())
-		require.Equal(t, reasonClientClosed, <-why)
+		require.Equal(t, ClientClosed, <-why)
 	})
 	t.Run("reset", func(t *testing.T) {
 		client, backend, _, why := start(t)
 		require.NoError(t, client.SetLinger(0))
 		require.NoError(t, client.Close())
 		expectReset(t, backend)
-		require.Equal(t, reasonClientReset, <-why)
+		require.Equal(t, ClientReset, <-why)
 	})
 	t.Run("cut", func(t *testing.T) {
 		client, backend, r, why := start(t)
-		r.cut(reasonDrainTimeout)
+		r.Cut(drained)
 		expectReset(t, client)
 		expectReset(t, backend)
-		require.Equal(t, reasonDrainTimeout, <-why)
+		require.Equal(t, drained, <-why)
 	})
 	t.Run("bulk", func(t *testing.T) {
 		client, backend, _, why := start(t)
@@ -113,15 +112,15 @@ func TestRelayMultipathClient(t *testing.T) {
 			require.NoError(t, err)
 			require.True(t, bytes.Equal(data, got))
 		}
-		require.Equal(t, reasonBackendClosed, <-why)
+		require.Equal(t, BackendClosed, <-why)
 	})
 	t.Run("stalled download", func(t *testing.T) {
 		client, backend, r, why := start(t)
 		flood(t, backend)
-		r.cut(reasonIdleTimeout)
+		r.Cut(IdleTimeout)
 		expectReset(t, client)
 		expectReset(t, backend)
-		require.Equal(t, reasonIdleTimeout, <-why)
+		require.Equal(t, IdleTimeout, <-why)
 	})
 }
 
@@ -277,11 +276,11 @@ func TestRelayCutsUnixSockets(t *testing.T) {
 				write(t, backend, "x")
 				expect(t, client, "x")
 			}
-			r.cut(reasonDrainTimeout)
+			r.Cut(drained)
 			expectReset(t, client)
 			_, err := io.ReadAll(backend)
 			require.ErrorIs(t, err, c.want)
-			require.Equal(t, reasonDrainTimeout, <-why)
+			require.Equal(t, drained, <-why)
 		})
 	}
 }
@@ -298,7 +297,7 @@ func TestRelayPassesAUnixResetOn(t *testing.T) {
 	require.NoError(t, raw.Read(func(fd uintptr) bool { return poll(int(fd), unix.POLLIN) != 0 }))
 	require.NoError(t, backend.Close())
 	expectReset(t, client)
-	require.Equal(t, reasonBackendReset, <-why)
+	require.Equal(t, BackendReset, <-why)
 }
 
 func TestSendRoom(t *testing.T) {
@@ -343,5 +342,5 @@ func TestRelayUnixBulk(t *testing.T) {
 		require.NoError(t, err)
 		require.True(t, bytes.Equal(data, got))
 	}
-	require.Equal(t, reasonClientClosed, <-why)
+	require.Equal(t, ClientClosed, <-why)
 }

@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"sync"
@@ -31,15 +31,29 @@ type pipe struct{ r, w int }
 
 // pipePool keeps the pipes that no relay uses at the time, all of them empty.
 type pipePool struct {
-	most int // pipes
-
 	mu          sync.Mutex
+	most        int // pipes
 	spare       []*pipe
 	made        int       // spare or in use
 	barrenUntil time.Time // none can be made before
 }
 
-var pipes = pipePool{most: int(max(1, min(mostPipes, files.limit/64)))}
+var pipes = pipePool{most: mostPipes}
+
+// LimitPipes sets how many pipes there may be, each of two files: one at least,
+// and no more than are of use. Those that are open stay.
+func LimitPipes(most int) {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	pipes.most = max(1, min(most, mostPipes))
+}
+
+// Pipes returns how many pipes are open, in use or not.
+func Pipes() int {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	return pipes.made
+}
 
 // get returns an empty pipe, or nil if there is none to be had now.
 func (pp *pipePool) get() *pipe {
@@ -50,7 +64,7 @@ func (pp *pipePool) get() *pipe {
 		pp.spare = pp.spare[:n-1]
 		return p
 	}
-	if pp.made == pp.most || !pp.barrenUntil.IsZero() && time.Now().Before(pp.barrenUntil) {
+	if pp.made >= pp.most || !pp.barrenUntil.IsZero() && time.Now().Before(pp.barrenUntil) {
 		return nil
 	}
 	p := newPipe()

@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"io"

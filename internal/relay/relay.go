@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"errors"
@@ -10,35 +10,33 @@ import (
 	"time"
 )
 
-// relay moves bytes both ways between two connections until both ways have
-// ended. It knows nothing of backends and configs.
-//
-// An end of file on one side becomes a half-close on the other, and the other
-// way goes on. A reset becomes a reset, after what was read before it has been
-// delivered, so that nobody takes a cut stream for a complete one.
-type relay struct {
+// Pair relays in two goroutines, one each way. It takes any two connections, and
+// leaves them for the caller to close.
+type Pair struct {
+	verdict
 	client, backend side
 	up, down        direction // client to backend, and back
 	onPanic         func(value any, stack []byte)
 
-	why     atomic.Uint32 // reason; see conclude
-	running atomic.Int32  // directions that have not ended, and others that joined
-	ended   func()        // called by the last one
-	severed atomic.Bool   // both sides are to be reset
-	awaits  *delivery     // guarded by deliveries
+	running atomic.Int32 // directions that have not ended, and others that joined
+	ended   func()       // called by the last one
+	severed atomic.Bool  // both sides are to be reset
+	awaits  *delivery    // guarded by deliveries
 
 	// One timer looks now and then whether bytes have moved, so that moving them
 	// costs no look at the clock.
 	idleTimeout time.Duration // 0 = never
 	timerMu     sync.Mutex
-	timer       *time.Timer // guarded by timerMu
-	idle        idleTime    // for the timer's function only, as keepsAlive
-	keepsAlive  bool
+	timer       *time.Timer // guarded by timerMu, as idle
+	idle        idleTime
+	keepsAlive  bool // for the timer's function only
 }
+
+var _ Relay = (*Pair)(nil)
 
 // direction is one of the two ways.
 type direction struct {
-	relay    *relay
+	relay    *Pair
 	src, dst *side
 	first    []byte // was read before the relay began, and goes first
 
@@ -53,40 +51,39 @@ var (
 	errDestination = errors.New("destination")
 )
 
-// newRelay prepares a relay. Idle time begins here.
-func newRelay(client, backend net.Conn, idleTimeout time.Duration) *relay {
-	r := &relay{idleTimeout: idleTimeout, idle: idleTime{since: time.Now()}}
+// New prepares a relay between two connections. Idle time begins here.
+func New(client, backend net.Conn, o Options) *Pair {
+	r := &Pair{onPanic: o.OnPanic, idleTimeout: o.IdleTimeout, idle: idleTime{since: time.Now()}}
 	r.running.Store(2)
-	r.client.init(client, reasonClientClosed, reasonClientReset)
-	r.backend.init(backend, reasonBackendClosed, reasonBackendReset)
-	r.up = direction{relay: r, src: &r.client, dst: &r.backend}
-	r.down = direction{relay: r, src: &r.backend, dst: &r.client}
+	r.client.init(client, ClientClosed, ClientReset)
+	r.backend.init(backend, BackendClosed, BackendReset)
+	r.up = direction{relay: r, src: &r.client, dst: &r.backend, first: o.First, total: o.Up}
+	r.down = direction{relay: r, src: &r.backend, dst: &r.client, total: o.Down}
 	return r
 }
 
-// start relays in two goroutines. The last of them calls ended, which may close
+// Start relays in two goroutines. The last of them calls ended, which may close
 // the connections.
-func (r *relay) start(ended func()) {
+func (r *Pair) Start(ended func()) {
 	r.begin(ended)
 	go r.up.run()   // ends with the connections
 	go r.down.run() // likewise
 }
 
-// run relays until both ways have ended and returns why. The connections are
-// left for the caller to close.
-func (r *relay) run() reason {
+// Run relays until both ways have ended and returns why.
+func (r *Pair) Run() Reason {
 	done := make(chan struct{})
 	r.begin(func() { close(done) })
 	go r.down.run()
 	r.up.run()
 	<-done
-	return r.reason()
+	return r.Reason()
 }
 
-func (r *relay) begin(ended func()) {
+func (r *Pair) begin(ended func()) {
 	r.ended = ended
 	r.timerMu.Lock()
-	r.timer = time.AfterFunc(r.period(), r.onTimer)
+	r.timer = time.AfterFunc(period(r.idleTimeout), r.onTimer)
 	r.timerMu.Unlock()
 }
 
@@ -100,7 +97,7 @@ func (d *direction) run() {
 
 // join keeps the relay from ending until the caller leaves it. It reports false
 // where it has ended.
-func (r *relay) join() bool {
+func (r *Pair) join() bool {
 	for {
 		n := r.running.Load()
 		if n == 0 {
@@ -113,14 +110,14 @@ func (r *relay) join() bool {
 }
 
 // leave is for those who joined. They may not be able to wait for the end.
-func (r *relay) leave() {
+func (r *Pair) leave() {
 	if r.running.Add(-1) == 0 {
 		go r.end() // ends with what ended does
 	}
 }
 
 // end is the last act, when nothing uses the connections any more.
-func (r *relay) end() {
+func (r *Pair) end() {
 	r.timerMu.Lock()
 	r.timer.Stop()
 	r.timerMu.Unlock()
@@ -131,16 +128,13 @@ func (r *relay) end() {
 	r.ended()
 }
 
-// reason returns why the relay ended.
-func (r *relay) reason() reason { return reason(r.why.Load()) }
-
 // runDirection moves one way's bytes and passes its end on. A panic ends the
 // connection, not the process.
-func (r *relay) runDirection(d *direction) {
+func (r *Pair) runDirection(d *direction) {
 	defer func() {
 		if v := recover(); v != nil {
 			r.onPanic(v, debug.Stack())
-			r.cut(reasonError)
+			r.Cut(Error)
 		}
 	}()
 	err := d.move()
@@ -177,8 +171,8 @@ func (d *direction) srcLost() bool {
 // was sent before.
 func (d *direction) sourceLost(err error) {
 	why := d.src.reset
-	if err != nil && !isReset(err) {
-		why = reasonError
+	if err != nil && !IsReset(err) {
+		why = Error
 	}
 	d.src.lost.Store(true)
 	d.relay.conclude(why)
@@ -197,7 +191,7 @@ func (d *direction) destinationLost(err error) {
 	}
 	why := d.dst.reset
 	if errors.Is(err, net.ErrClosed) { // by whoever has it, too
-		why = reasonError
+		why = Error
 	}
 	d.relay.conclude(why)
 	deliveries.add(d.relay, d.src, false)
@@ -205,7 +199,7 @@ func (d *direction) destinationLost(err error) {
 
 // severDelivered resets both sides as soon as s has acknowledged all that was
 // written to it.
-func (r *relay) severDelivered(s *side) {
+func (r *Pair) severDelivered(s *side) {
 	if s.lost.Load() || unsent(s.base) == 0 {
 		r.sever()
 		return
@@ -213,28 +207,19 @@ func (r *relay) severDelivered(s *side) {
 	deliveries.add(r, s, true)
 }
 
-// isReset reports whether err is the peer's reset, or its loss.
-func isReset(err error) bool {
-	return isAny(err, resetErrnos) || errors.Is(err, io.ErrUnexpectedEOF) // TLS that ends within a record
-}
-
-// conclude records why the connection ends. The first reason stays, except
-// that an orderly close gives way to anything else.
-func (r *relay) conclude(why reason) {
-	for {
-		old := reason(r.why.Load())
-		if old != reasonNone && (!old.orderly() || why.orderly()) {
-			return
-		}
-		if r.why.CompareAndSwap(uint32(old), uint32(why)) {
-			return
+// IsReset reports whether err is the peer's reset of an open connection, or its loss.
+func IsReset(err error) bool {
+	for _, e := range resetErrnos {
+		if errors.Is(err, e) {
+			return true
 		}
 	}
+	return errors.Is(err, io.ErrUnexpectedEOF) // TLS that ends within a record
 }
 
-// cut ends the connection at once, whatever either side does or doesn't, and
+// Cut ends the connection at once, whatever either side does or doesn't, and
 // never waits for that. Both sides see a reset: the stream was not complete.
-func (r *relay) cut(why reason) {
+func (r *Pair) Cut(why Reason) {
 	if !r.join() {
 		return
 	}
@@ -246,7 +231,7 @@ func (r *relay) cut(why reason) {
 // sever ends both directions, and has both sides reset when they have ended.
 // Closing is left to the end: it would wait for a direction that has one side's
 // lock while it waits for the other side.
-func (r *relay) sever() {
+func (r *Pair) sever() {
 	r.severed.Store(true)
 	r.client.sever()
 	r.backend.sever()
@@ -258,53 +243,21 @@ func (r *relay) sever() {
 	}
 }
 
-func (r *relay) closeBoth() {
+func (r *Pair) closeBoth() {
 	defer r.leave()
 	r.backend.close() // no code of others, so it goes first
 	r.client.expire()
 	r.client.close()
 }
 
-// keepAliveAfter is the age at which a connection to a backend begins to be
-// probed when it is silent. It takes four system calls, and the kernel would
-// not have sent the first probe before.
-const keepAliveAfter = 15 * time.Second
-
-// keepAlive is what Go does by default.
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: keepAliveAfter, Interval: 15 * time.Second, Count: 9}
-
-// idleTime finds out how long nothing has moved, from looks at a count.
-type idleTime struct {
-	since time.Time // of the first look that found this count
-	count uint64
-}
-
-// look returns how long the count has been the same, at least.
-func (i *idleTime) look(count uint64, now time.Time) time.Duration {
-	if count != i.count {
-		*i = idleTime{since: now, count: count}
-	}
-	return now.Sub(i.since)
-}
-
-// period is the time between two looks. An idle connection ends no earlier than
-// its timeout after the last byte, and no later than a period after that.
-func (r *relay) period() time.Duration {
-	if r.idleTimeout == 0 {
-		return keepAliveAfter
-	}
-	return min(keepAliveAfter, max(r.idleTimeout/8, time.Millisecond))
-}
-
 // onTimer ends the connection if it was idle for too long.
-func (r *relay) onTimer() {
-	idle := r.idle.look(r.up.moved.Load()+r.down.moved.Load(), time.Now())
-	if r.idleTimeout > 0 && idle >= r.idleTimeout {
-		r.cut(reasonIdleTimeout)
+func (r *Pair) onTimer() {
+	if idle := r.Idle(); r.idleTimeout > 0 && idle >= r.idleTimeout {
+		r.Cut(IdleTimeout)
 		return
 	}
 	if c, ok := r.backend.base.(*net.TCPConn); ok && !r.keepsAlive {
-		_ = c.SetKeepAliveConfig(keepAlive) // fails if it is closed by now
+		_ = c.SetKeepAliveConfig(KeepAlive) // fails if it is closed by now
 	}
 	r.keepsAlive = true
 	r.findReset(&r.client, &r.backend)
@@ -312,14 +265,26 @@ func (r *relay) onTimer() {
 	r.timerMu.Lock()
 	defer r.timerMu.Unlock()
 	if r.running.Load() > 0 {
-		r.timer.Reset(r.period())
+		r.timer.Reset(period(r.idleTimeout))
 	}
+}
+
+// Moved returns how many bytes were delivered so far.
+func (r *Pair) Moved() (up, down uint64) { return r.up.moved.Load(), r.down.moved.Load() }
+
+// Idle returns how long no byte has moved: at least, and at most by the time
+// between two looks more than that, which is an eighth of the idle timeout, up to
+// 15 s. A call is a look, too.
+func (r *Pair) Idle() time.Duration {
+	r.timerMu.Lock()
+	defer r.timerMu.Unlock()
+	return r.idle.look(r.up.moved.Load()+r.down.moved.Load(), time.Now())
 }
 
 // findReset looks for a reset of s that nobody else would find: the direction
 // that reads from it waits for room at the other side, and the one that writes
 // to it has nothing to write.
-func (r *relay) findReset(s, other *side) {
+func (r *Pair) findReset(s, other *side) {
 	if s.finished.Load() || s.lost.Load() || s.over.Load() || !hasFailed(s.base) {
 		return
 	}

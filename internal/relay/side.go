@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"net"
@@ -19,7 +19,7 @@ type side struct {
 	// writeCloser half-closes; nil if nothing in the chain can.
 	writeCloser writeCloser
 
-	closed, reset reason // how it is called when this side does it
+	closed, reset Reason // how it is called when this side does it
 
 	finished atomic.Bool // it closed its sending way in order
 	lost     atomic.Bool // it reset the connection, or is unreachable
@@ -28,13 +28,13 @@ type side struct {
 
 type writeCloser interface{ CloseWrite() error }
 
-func (s *side) init(conn net.Conn, closed, reset reason) {
+func (s *side) init(conn net.Conn, closed, reset Reason) {
 	s.conn, s.base, s.closed, s.reset = conn, conn, closed, reset
 	for s.base != nil {
 		if s.writeCloser == nil {
 			s.writeCloser, _ = s.base.(writeCloser)
 		}
-		inner := unwrap(s.base)
+		inner := Unwrap(s.base)
 		if inner == nil {
 			break
 		}
@@ -48,15 +48,13 @@ func (s *side) init(conn net.Conn, closed, reset reason) {
 	}
 }
 
-// unwrap returns the connection inside conn, or nil. Reads and writes must not
+// Unwrap returns the connection inside conn, or nil. Reads and writes must not
 // use it; a reset and, where the wrapper can't, a half-close may.
-func unwrap(conn net.Conn) net.Conn {
+func Unwrap(conn net.Conn) net.Conn {
 	switch c := conn.(type) {
 	case *net.TCPConn, *net.UnixConn:
 		return nil
-	case *acceptedConn:
-		return c.TCPConn
-	case interface{ NetConn() net.Conn }: // crypto/tls
+	case interface{ NetConn() net.Conn }: // crypto/tls, and what this balancer accepts
 		return c.NetConn()
 	case interface{ Raw() net.Conn }: // PROXY protocol
 		return c.Raw()

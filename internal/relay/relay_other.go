@@ -1,6 +1,6 @@
 //go:build !linux
 
-package tcplb
+package relay
 
 import "net"
 
@@ -10,6 +10,12 @@ const canPump = false
 type pump struct{}
 
 func (*pump) run(*direction) error { panic("unreachable") }
+
+// LimitPipes does nothing here, where there are no pipes.
+func LimitPipes(int) {}
+
+// Pipes returns how many pipes are open: none here.
+func Pipes() int { return 0 }
 
 // wasReset can't be told here: where a reset meets a write of the other
 // direction first, it may be passed on as an end of file.

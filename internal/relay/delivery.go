@@ -1,4 +1,4 @@
-package tcplb
+package relay
 
 import (
 	"sync"
@@ -22,7 +22,7 @@ const (
 // delivery is a relay of which one way has failed, and the receiver that is to
 // have the rest of the other.
 type delivery struct {
-	relay *relay
+	relay *Pair
 	to    *side
 	// last says that all has been written; else the direction that still writes
 	// ends the delivery.
@@ -45,7 +45,7 @@ type deliveryQueue struct {
 
 // add has the relay severed when to has acknowledged everything, if it is the
 // last that was written, or stops taking it.
-func (q *deliveryQueue) add(r *relay, to *side, last bool) {
+func (q *deliveryQueue) add(r *Pair, to *side, last bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if d := r.awaits; d != nil {
@@ -65,7 +65,7 @@ func (q *deliveryQueue) add(r *relay, to *side, last bool) {
 }
 
 // drop ends the wait for the relay, if there is one.
-func (q *deliveryQueue) drop(r *relay) {
+func (q *deliveryQueue) drop(r *Pair) {
 	q.mu.Lock()
 	d := r.awaits
 	if d != nil {
