@@ -48,7 +48,7 @@ func TestUncheckedUntilTheFirstProbe(t *testing.T) {
 		f.latency = time.Second
 		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		synctest.Wait()
 		require.Equal(t, "unchecked", b.health())
 		time.Sleep(1100 * time.Millisecond)

@@ -91,7 +91,7 @@ func TestFirstProbeThatIsResetIsRepeated(t *testing.T) {
 		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
 		defer g.stop()
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		synctest.Wait()
 		require.Equal(t, "unchecked", b.health())
 		f.fail(one, nil)
@@ -106,7 +106,7 @@ func TestFirstProbeThatIsResetIsRepeated(t *testing.T) {
 		defer other.stop()
 		time.Sleep(wantedSpacing)
 		synctest.Wait()
-		require.Equal(t, "down", other.members[0].Backend.health(), "the second decides")
+		require.Equal(t, "down", other.members()[0].Backend.health(), "the second decides")
 	})
 }
 
@@ -153,7 +153,7 @@ func TestBackendClosedEarly(t *testing.T) {
 			far, near := net.Pipe()
 			g.serve(layer4Connection(near))
 			_ = far.Close()
-			require.EqualValues(t, 1, g.members[0].Backend.stats.closed[want].Load(), "closed after %s", after)
+			require.EqualValues(t, 1, g.members()[0].Backend.stats.closed[want].Load(), "closed after %s", after)
 			g.stop()
 		})
 	}

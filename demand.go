@@ -28,9 +28,10 @@ func (g *generation) wantProbes() {
 		return
 	}
 	defer d.mu.Unlock()
-	for range min(d.allowance(time.Now()), len(g.members)) {
-		d.next = (d.next + 1) % len(g.members)
-		g.members[d.next].Backend.probeWanted()
+	members := g.members()
+	for range min(d.allowance(time.Now()), len(members)) {
+		d.next = (d.next + 1) % len(members)
+		members[d.next].Backend.probeWanted()
 	}
 }
 

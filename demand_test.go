@@ -20,7 +20,7 @@ func TestClientsHaveADownBackendProbed(t *testing.T) {
 		for len(f.times(one)) < 2 {
 			time.Sleep(100 * time.Millisecond)
 		} // the next is in ten seconds
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		wait := func(d time.Duration) {
 			for end := time.Now().Add(d); time.Now().Before(end) && !b.Available(); time.Sleep(time.Millisecond) {
 				for range 5 {
@@ -75,7 +75,7 @@ func TestOneClientBringsABackendBack(t *testing.T) {
 		_, err := connect(g)
 		require.ErrorIs(t, err, errNoBackend)
 		time.Sleep(wantedSpacing + time.Millisecond)
-		require.True(t, g.members[0].Backend.Available())
+		require.True(t, g.members()[0].Backend.Available())
 		g.stop()
 	})
 }
@@ -88,7 +88,7 @@ func TestFailingConnectsAreNoFloodOfProbes(t *testing.T) {
 		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
 		time.Sleep(15 * time.Second)
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		before := len(f.times(one))
 		fail := func(d time.Duration) {
 			for end := time.Now().Add(d); time.Now().Before(end) && b.Available(); time.Sleep(time.Millisecond) {
@@ -123,14 +123,16 @@ func TestFailingConnectsAreNoFloodOfProbes(t *testing.T) {
 func TestDemandIsBoundedForAPool(t *testing.T) {
 	const backends, clients, rounds = 250, 100, 20
 	g := &generation{pool: new(pool)}
+	roster := make([]enrolled, backends)
 	signals := make([]chan struct{}, backends)
 	for i := range backends {
 		b := newBackend(g.pool, fmt.Sprint(i), target{})
 		b.setHealthy(false)
 		signals[i] = make(chan struct{}, 1)
 		b.checking.Store(&checker{wanted: signals[i]})
-		g.members = append(g.members, Candidate{Backend: b, Weight: 1})
+		roster[i] = enrolled{Backend: b}
 	}
+	g.roster.Store(&roster)
 	asked := func() (n int) {
 		for _, c := range signals {
 			n += len(c)

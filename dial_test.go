@@ -81,7 +81,7 @@ func TestConnectTriesEachBackendOnce(t *testing.T) {
 		require.Len(t, f.times(a), 1)
 	}
 	require.Equal(t, 3, l.attempts)
-	require.Zero(t, g.members[0].Backend.Load(), "nothing is held")
+	require.Zero(t, g.members()[0].Backend.Load(), "nothing is held")
 }
 
 func TestConnectRetryLimits(t *testing.T) {

@@ -47,7 +47,7 @@ func TestDrainBeginsInOneStep(t *testing.T) {
 	}
 	g := run()
 	g.start()
-	b := g.members[0].Backend
+	b := g.members()[0].Backend
 	_, release := b.hold()
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -69,7 +69,7 @@ func TestDrainBeginsInOneStep(t *testing.T) {
 			break
 		}
 		g.start()
-		require.Same(t, b, g.members[0].Backend)
+		require.Same(t, b, g.members()[0].Backend)
 	}
 	close(stop)
 	wg.Wait()

@@ -75,7 +75,7 @@ func TestEventHandlerBlocks(t *testing.T) {
 		end := handleEvents(t, g, h)
 		g.start()
 		time.Sleep(15 * time.Second)
-		b, other := g.members[0].Backend, g.members[1].Backend
+		b, other := g.members()[0].Backend, g.members()[1].Backend
 		turn(t, f, b, errRefused)
 		require.Equal(t, []string{"unhealthy"}, h.seen())
 		for range maxEvents {
@@ -127,7 +127,7 @@ func testEventsTakenOver(t *testing.T, blocks bool) {
 	end := handleEvents(t, old, slow)
 	old.start()
 	time.Sleep(15 * time.Second)
-	b := old.members[0].Backend
+	b := old.members()[0].Backend
 	turn(t, f, b, errRefused)
 	turn(t, f, b, nil)
 	require.Equal(t, []string{"unhealthy"}, slow.seen())
@@ -186,9 +186,9 @@ func TestProbeEndsAsChecksAreTurnedOff(t *testing.T) {
 		old.start()
 		synctest.Wait()
 		require.Same(t, next, next.pool.newest.Load(), "it happened")
-		require.True(t, next.members[0].Backend.Available())
+		require.True(t, next.members()[0].Backend.Available())
 		require.NotNil(t, next.pick(nil, nil))
-		require.Zero(t, next.members[0].Backend.stats.turnedDown.Load())
+		require.Zero(t, next.members()[0].Backend.stats.turnedDown.Load())
 		require.Zero(t, logs.FilterMessage("backend is down").Len())
 		next.stop()
 	})
@@ -201,7 +201,7 @@ func TestProbeEndsAsItsBackendChangesPools(t *testing.T) {
 	g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 	adopted := make(chan *Backend, 1)
 	away := func() {
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		g.stop()
 		before := runtime.NumGoroutine()
 		go func() { adopted <- registry.adopt(b) }()

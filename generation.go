@@ -15,7 +15,7 @@ import (
 // generation is one config's part in a pool: the settings of all its handlers
 // of that name, and the picker over its backends. It is prepared while the
 // config is provisioned, touches shared state only between start and stop, and
-// is immutable but for its picker.
+// is immutable but for its members and its picker.
 type generation struct {
 	name         string
 	fingerprint  string // the settings in full, to tell two handlers of one name apart
@@ -43,19 +43,36 @@ type generation struct {
 	started             chan struct{} // closed by start
 	stopped             chan struct{} // closed by stop
 
-	// Set by the registry when the generation starts.
-	pool    *pool
-	members []Candidate
+	pool   *pool                      // set by the registry when the generation starts
+	roster atomic.Pointer[[]enrolled] // see members
 
 	picker   atomic.Pointer[Picker]
 	buildMu  sync.Mutex  // held while building
 	outdated atomic.Bool // availability changed since the last build began
 }
 
-// member is a backend in the config.
+// member is a backend as a config or a source says it.
 type member struct {
-	target target
-	weight int
+	target         target
+	weight         int    // 0–256; 0 = no new connections
+	backup         bool   // only while no other is available
+	maxConnections int    // 0 = no limit
+	source         string // what found it; empty = the config names it
+}
+
+// enrolled is a member of a running generation.
+type enrolled struct {
+	member
+	Backend *Backend
+}
+
+// members returns those of the generation at this moment, the config's first and
+// in its order; none before it starts. The list is not to be changed.
+func (g *generation) members() []enrolled {
+	if list := g.roster.Load(); list != nil {
+		return *list
+	}
+	return nil
 }
 
 // voice is what it takes to log for a pool, when its config may be gone.
@@ -156,10 +173,11 @@ func (g *generation) rebuild() {
 }
 
 func (g *generation) buildLocked(prev Picker) {
-	available := make([]Candidate, 0, len(g.members))
-	for _, m := range g.members {
-		if m.Backend.Available() {
-			available = append(available, m)
+	members := g.members()
+	available := make([]Candidate, 0, len(members))
+	for _, m := range members {
+		if m.weight > 0 && m.Backend.Available() {
+			available = append(available, Candidate{Backend: m.Backend, Weight: m.weight})
 		}
 	}
 	p := g.newPicker(available, prev)

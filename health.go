@@ -114,8 +114,8 @@ func (g *generation) health() poolStatus {
 	if serving == nil || caddy.Exiting() {
 		return s
 	}
-	s.Total = len(serving.members)
-	for _, m := range serving.members {
+	s.Total = len(serving.members())
+	for _, m := range serving.members() {
 		known := m.Backend.isChecked() || serving.standing || !serving.checks.enabled
 		if known && m.Backend.Available() {
 			s.Available++

@@ -212,7 +212,7 @@ func TestChecksFindDownAndUp(t *testing.T) {
 		g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one, two) })
 		g.start()
 		time.Sleep(15 * time.Second)
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		require.True(t, b.Available())
 
 		f.fail(one, errRefused)
@@ -220,7 +220,7 @@ func TestChecksFindDownAndUp(t *testing.T) {
 		require.False(t, b.Available(), "down after one interval and one fast interval")
 		require.Equal(t, "refused", *b.lastError.Load())
 		for range 4 {
-			require.Same(t, g.members[1].Backend, g.pick(nil, nil))
+			require.Same(t, g.members()[1].Backend, g.pick(nil, nil))
 		}
 
 		f.fail(one, nil)
@@ -249,7 +249,7 @@ func TestDownBackendIsProbedEverMoreRarely(t *testing.T) {
 				g.start()
 			} else {
 				f.fail(one, errRefused)
-				g.members[0].Backend.checkSoon()
+				g.members()[0].Backend.checkSoon()
 				synctest.Wait()
 				start++ // the second failure took it down
 			}
@@ -267,7 +267,7 @@ func TestDownBackendIsProbedEverMoreRarely(t *testing.T) {
 			require.Less(t, times[3].Sub(times[0]), 8*time.Second, "four within the first seconds")
 			f.fail(one, nil)
 			time.Sleep(11*time.Second + time.Millisecond)
-			require.True(t, g.members[0].Backend.Available())
+			require.True(t, g.members()[0].Backend.Available())
 		}
 		g.stop()
 	})
@@ -280,10 +280,10 @@ func TestFirstCheckDecidesAlone(t *testing.T) {
 		f.fail(one, errRefused)
 		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
-		require.True(t, g.members[0].Backend.Available(), "a backend starts up")
+		require.True(t, g.members()[0].Backend.Available(), "a backend starts up")
 		time.Sleep(time.Second)
 		synctest.Wait()
-		require.False(t, g.members[0].Backend.Available())
+		require.False(t, g.members()[0].Backend.Available())
 		g.stop()
 	})
 }
@@ -298,8 +298,8 @@ func TestHangingProbeTimesOut(t *testing.T) {
 		})
 		g.start()
 		time.Sleep(9 * time.Second)
-		require.False(t, g.members[0].Backend.Available())
-		require.True(t, g.members[1].Backend.Available(), "one backend's timeout is not another's")
+		require.False(t, g.members()[0].Backend.Available())
+		require.True(t, g.members()[1].Backend.Available(), "one backend's timeout is not another's")
 		require.False(t, f.overlapped(), "a probe longer than the interval never overlaps the next")
 		require.Len(t, f.times(one), 5, "one each timeout of 2s")
 		g.stop()
@@ -323,7 +323,7 @@ func testScarcity(t *testing.T, scarcity error, message string) {
 		f.fail(one, scarcity)
 		g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 		g.start()
-		b := g.members[0].Backend
+		b := g.members()[0].Backend
 		time.Sleep(5500 * time.Millisecond)
 		require.Len(t, f.times(one), 6, "it is tried again at the fast interval")
 		require.True(t, b.Available())
@@ -356,14 +356,14 @@ func TestFailedConnectTriggersProbes(t *testing.T) {
 		for range 8 { // connections, without a moment's pause
 			l, err := connect(g)
 			require.NoError(t, err)
-			require.Same(t, g.members[1].Backend, l.backend)
+			require.Same(t, g.members()[1].Backend, l.backend)
 			l.release()
 			synctest.Wait()
 		}
-		require.False(t, g.members[0].Backend.Available())
+		require.False(t, g.members()[0].Backend.Available())
 		require.Zero(t, time.Since(began), "found by traffic, not by the interval")
-		require.EqualValues(t, 2, g.members[0].Backend.stats.dialErrors(), "two connects found it")
-		require.EqualValues(t, 2, g.members[0].Backend.stats.retries.Load())
+		require.EqualValues(t, 2, g.members()[0].Backend.stats.dialErrors(), "two connects found it")
+		require.EqualValues(t, 2, g.members()[0].Backend.stats.retries.Load())
 		g.stop()
 	})
 }
@@ -383,7 +383,7 @@ func TestChecksAreSpread(t *testing.T) {
 		time.Sleep(40 * time.Second)
 		g.stop()
 		perSecond := make(map[int]int)
-		for _, b := range g.members {
+		for _, b := range g.members() {
 			for _, at := range f.times(b.Backend.address)[2:] {
 				perSecond[at.Second()]++
 			}
@@ -410,7 +410,7 @@ func TestHealthPortLeavesTheAddressAlone(t *testing.T) {
 		require.NoError(t, err)
 		l.release()
 		require.Len(t, f.times(one), 1)
-		require.Equal(t, one, g.members[0].Backend.Address())
+		require.Equal(t, one, g.members()[0].Backend.Address())
 		g.stop()
 	})
 }
@@ -430,9 +430,9 @@ func TestReloadKeepsVerdictAndChecker(t *testing.T) {
 		})
 		next.start()
 		old.stop()
-		require.Same(t, old.members[0].Backend, next.members[0].Backend)
-		require.False(t, next.members[0].Backend.Available(), "the verdict survives")
-		require.Same(t, next.members[1].Backend, next.pick(nil, nil))
+		require.Same(t, old.members()[0].Backend, next.members()[0].Backend)
+		require.False(t, next.members()[0].Backend.Available(), "the verdict survives")
+		require.Same(t, next.members()[1].Backend, next.pick(nil, nil))
 		synctest.Wait()
 		require.Len(t, f.times(one), probes, "a reload probes nothing by itself")
 		time.Sleep(20 * time.Second)
@@ -450,16 +450,16 @@ func TestChecksOffBringEveryBackendUp(t *testing.T) {
 		old, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one, two) })
 		old.start()
 		synctest.Wait()
-		require.False(t, old.members[0].Backend.Available())
+		require.False(t, old.members()[0].Backend.Available())
 		next, logs := testGeneration(t, f, func(h *Handler) {
 			h.Backends = backendList(one, two)
 			h.HealthChecks = &HealthChecks{Active: &ActiveHealthChecks{Disabled: true}}
 		})
 		next.start()
 		old.stop()
-		require.True(t, next.members[0].Backend.Available())
+		require.True(t, next.members()[0].Backend.Available())
 		synctest.Wait()
-		require.EqualValues(t, 1, next.members[0].Backend.stats.turnedUp.Load(), "a transition like any other")
+		require.EqualValues(t, 1, next.members()[0].Backend.stats.turnedUp.Load(), "a transition like any other")
 		require.Equal(t, 1, logs.FilterMessage("backend is up").Len())
 		before := len(f.times(one)) + len(f.times(two))
 		time.Sleep(time.Minute)
@@ -480,7 +480,7 @@ func TestFailedLoadLeavesTheRunningConfigAlone(t *testing.T) {
 		})
 		failed.start()
 		failed.stop() // as when another app of its config does not start
-		require.EqualValues(t, 1, running.members[0].Backend.weight.Load())
+		require.EqualValues(t, 1, running.members()[0].Backend.weight.Load())
 		require.Same(t, running, running.pool.newest.Load())
 		require.Len(t, running.pool.backends, 2)
 		synctest.Wait()

@@ -351,7 +351,7 @@ func TestFailedLoadUnderLoad(t *testing.T) {
 	}
 	g := registry.newest("web")
 	require.EqualValues(t, 500, g.limit)
-	require.Len(t, g.members, 2)
+	require.Len(t, g.members(), 2)
 	require.Zero(t, never.acceptedCount(), "nobody connected to a backend of a failed config")
 	k.finish(t)
 	l.finish(t)

@@ -346,9 +346,9 @@ func TestPanicAtTheEndIsContained(t *testing.T) {
 	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
 	expect(t, far, "a")
 	expectEOF(t, far)
-	require.Zero(t, g.members[0].Backend.Load())
+	require.Zero(t, g.members()[0].Backend.Load())
 	require.Zero(t, g.pool.active.Load())
-	opened, active, _ := g.members[0].Backend.stats.connections()
+	opened, active, _ := g.members()[0].Backend.stats.connections()
 	require.EqualValues(t, 1, opened)
 	require.Zero(t, active)
 }
@@ -364,7 +364,7 @@ func TestPanicInCloseIsContained(t *testing.T) {
 	require.NoError(t, far.Close())
 	g.serve(layer4Connection(panickingConn{near}))
 	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
-	b := g.members[0].Backend
+	b := g.members()[0].Backend
 	opened, active, _ := b.stats.connections()
 	require.EqualValues(t, 1, opened)
 	require.Zero(t, active)

@@ -44,7 +44,7 @@ func (p *pool) reportOutage() {
 	switch {
 	case began:
 		g.logger.Warn("no backend is available, clients are turned away or wait",
-			zap.String("lb", p.name), zap.Int("backends", len(g.members)))
+			zap.String("lb", p.name), zap.Int("backends", len(g.members())))
 	case ended:
 		g.logger.Info("a backend is available again",
 			zap.String("lb", p.name), zap.Duration("outage", lasted), zap.Uint64("clients_turned_away", missed))
@@ -62,7 +62,7 @@ const (
 
 func (g *generation) availability() availability {
 	a := noneAvailable
-	for _, m := range g.members {
+	for _, m := range g.members() {
 		if b := m.Backend; b.Available() {
 			if !g.checks.enabled || b.isChecked() {
 				return someAvailable

@@ -102,6 +102,7 @@ func (r *poolRegistry) start(g *generation) {
 		prev = old.currentPicker()
 	}
 	var lines logLines
+	roster := make([]enrolled, 0, len(g.config))
 	for _, m := range g.config {
 		b := r.backendLocked(p, m.target)
 		b.mu.Lock()
@@ -111,8 +112,9 @@ func (r *poolRegistry) start(g *generation) {
 			lines.add("backend is back in the config, its connections go on",
 				zap.String("lb", p.name), zap.String("backend", b.address), zap.Int("connections", open))
 		}
-		g.members = append(g.members, Candidate{Backend: b, Weight: m.weight})
+		roster = append(roster, enrolled{m, b})
 	}
+	g.roster.Store(&roster)
 	g.pool = p
 	p.generations = append(p.generations, g)
 	p.setNewestLocked(g)
@@ -150,7 +152,7 @@ func (r *poolRegistry) stop(g *generation) {
 		}
 	}
 	var lines logLines
-	for _, m := range g.members {
+	for _, m := range g.members() {
 		b := m.Backend
 		if open := b.unuse(until); open > 0 && !caddy.Exiting() {
 			lines.add("backend left the config, draining its connections",
@@ -159,7 +161,7 @@ func (r *poolRegistry) stop(g *generation) {
 		}
 	}
 	revived := r.settleLocked(p)
-	for _, m := range g.members {
+	for _, m := range g.members() {
 		r.dropIfUnusedLocked(m.Backend)
 	}
 	ended, did := r.forgetIfEmptyLocked(p)
@@ -238,8 +240,8 @@ func (r *poolRegistry) settleLocked(p *pool) (revived []*Backend) {
 	g := p.newest.Load()
 	members := make(map[*Backend]int)
 	if g != nil {
-		for _, m := range g.members {
-			members[m.Backend] = m.Weight
+		for _, m := range g.members() {
+			members[m.Backend] = m.weight
 		}
 	}
 	for _, b := range p.backends {
@@ -390,7 +392,7 @@ func (r *poolRegistry) snapshotWithDeparted() ([]poolView, map[string]departedPo
 		v := poolView{pool: p, backends: slices.Collect(maps.Values(p.backends))}
 		slices.SortFunc(v.backends, func(a, b *Backend) int { return strings.Compare(a.address, b.address) })
 		if g := p.newest.Load(); g != nil {
-			for _, m := range g.members {
+			for _, m := range g.members() {
 				v.configured = append(v.configured, m.Backend)
 			}
 		}

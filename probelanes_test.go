@@ -75,7 +75,7 @@ func testBlackHoles(t *testing.T, full bool) {
 	f.hang(gone...)
 	died := time.Now()
 	byAddress := make(map[string]*Backend)
-	for _, m := range g.members {
+	for _, m := range g.members() {
 		byAddress[m.Backend.address] = m.Backend
 	}
 	for byAddress[dies].Available() {

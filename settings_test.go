@@ -144,9 +144,9 @@ func TestSettingsReachTheGeneration(t *testing.T) {
 	require.Equal(t, 11*time.Second, g.idleTimeout)
 	require.Equal(t, 12*time.Second, g.drainTimeout)
 	require.True(t, g.accessLog)
-	require.Len(t, g.members, 2)
-	require.Equal(t, "127.0.0.1:1", g.members[0].Backend.Address())
-	require.Equal(t, []int{3, 1}, []int{g.members[0].Weight, g.members[1].Weight})
+	require.Len(t, g.members(), 2)
+	require.Equal(t, "127.0.0.1:1", g.members()[0].Backend.Address())
+	require.Equal(t, []int{3, 1}, []int{g.members()[0].weight, g.members()[1].weight})
 }
 
 func TestJSONRefuses(t *testing.T) {
@@ -282,7 +282,7 @@ func TestPlaceholders(t *testing.T) {
 			handler := `{"name":"web",` + checksDisabled + `,` + backendsJSON("other:80", c.address) + `}`
 			if c.refused == nil {
 				g := loaded(t, handler)
-				require.Equal(t, "127.0.0.1:3001", g.members[1].Backend.Address())
+				require.Equal(t, "127.0.0.1:3001", g.members()[1].Backend.Address())
 				return
 			}
 			err := validate(t, lbConfig("127.0.0.1:0", handler))

@@ -121,7 +121,7 @@ func TestWaitEndsWithTheOutage(t *testing.T) {
 		l, err := connect(g)
 		require.NoError(t, err)
 		l.release()
-		require.Equal(t, time.Now().UnixNano(), g.members[0].Backend.stats.turnedAt.Load())
+		require.Equal(t, time.Now().UnixNano(), g.members()[0].Backend.stats.turnedAt.Load())
 		require.Equal(t, 1, logs.FilterMessageSnippet("a backend is available again").Len())
 	})
 }
