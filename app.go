@@ -62,8 +62,8 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	setDefault(&a.HandshakeTimeout, new(caddy.Duration(defaultHandshakeTimeout)))
-	if err := checkJSONDuration("handshake_timeout", *a.HandshakeTimeout, 0); err != nil {
+	fillIn(a, globalOptions)
+	if err := checkAll(a, globalOptions); err != nil {
 		return err
 	}
 	a.waiting = newWaitingList(time.Duration(*a.HandshakeTimeout))

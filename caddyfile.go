@@ -2,12 +2,9 @@ package tcplb
 
 import (
 	"fmt"
-	"math"
 	"strconv"
 	"strings"
-	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/mholt/caddy-l4/layer4"
@@ -40,62 +37,33 @@ import (
 // Every error names the option, its value, the file and the line.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // handler name
-	p := parser{Dispenser: d, h: h, seen: make(map[string]bool), addresses: make(map[string]bool)}
+	p := newParser(d)
 	start := p.mark()
 	for d.NextArg() {
-		if err := p.addBackend(BackendConfig{Address: d.Val()}); err != nil {
+		if err := p.addBackend(h, BackendConfig{Address: d.Val()}); err != nil {
 			return err
 		}
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		if err := p.option(); err != nil {
+		if err := p.option(h); err != nil {
 			return err
 		}
 	}
 	if len(h.Backends) == 0 {
 		return start.Errf("tcp_lb: no backends: name at least one")
 	}
-	return p.checkIntervals()
+	return p.checkIntervals(h)
 }
 
-// parser reads the options of one handler.
+// parser reads the options of one handler, of a backend, or of the app.
 type parser struct {
 	*caddyfile.Dispenser
-	h            *Handler
-	seen         map[string]bool // options
-	addresses    map[string]bool // backends
-	fastInterval *caddyfile.Dispenser
+	places    map[string]*caddyfile.Dispenser // of the options that came, by name
+	addresses map[string]bool                 // of the backends
 }
 
-// optionParsers has every option but backend, which alone may come again.
-var optionParsers = map[string]func(*parser) error{
-	"name":                 (*parser).name,
-	"lb_policy":            (*parser).policy,
-	"lb_retries":           number(0, maxRetries, func(h *Handler, n int) { h.loadBalancing().Retries = &n }),
-	"lb_try_duration":      duration(0, func(h *Handler, d caddy.Duration) { h.loadBalancing().TryDuration = d }),
-	"lb_try_interval":      duration(time.Millisecond, func(h *Handler, d caddy.Duration) { h.loadBalancing().TryInterval = d }),
-	"health_interval":      (*parser).healthInterval,
-	"health_fast_interval": duration(time.Millisecond, func(h *Handler, d caddy.Duration) { h.activeChecks().FastInterval = d }),
-	"health_timeout":       duration(time.Millisecond, func(h *Handler, d caddy.Duration) { h.activeChecks().Timeout = d }),
-	"health_passes":        number(1, maxCounts, func(h *Handler, n int) { h.activeChecks().Passes = n }),
-	"health_fails":         number(1, maxCounts, func(h *Handler, n int) { h.activeChecks().Fails = n }),
-	"health_port":          number(1, math.MaxUint16, func(h *Handler, n int) { h.activeChecks().Port = n }),
-	"max_connections":      number(0, math.MaxInt32, func(h *Handler, n int) { h.MaxConnections = n }),
-	"dial_timeout":         duration(time.Millisecond, func(h *Handler, d caddy.Duration) { h.DialTimeout = d }),
-	"idle_timeout":         duration(0, func(h *Handler, d caddy.Duration) { h.IdleTimeout = &d }),
-	"drain_timeout":        duration(0, func(h *Handler, d caddy.Duration) { h.DrainTimeout = &d }),
-	"access_log":           (*parser).accessLog,
-}
-
-func (h *Handler) loadBalancing() *LoadBalancing {
-	setDefault(&h.LoadBalancing, new(LoadBalancing))
-	return h.LoadBalancing
-}
-
-func (h *Handler) activeChecks() *ActiveHealthChecks {
-	setDefault(&h.HealthChecks, new(HealthChecks))
-	setDefault(&h.HealthChecks.Active, new(ActiveHealthChecks))
-	return h.HealthChecks.Active
+func newParser(d *caddyfile.Dispenser) *parser {
+	return &parser{Dispenser: d, places: make(map[string]*caddyfile.Dispenser), addresses: make(map[string]bool)}
 }
 
 // mark keeps the place of the current token, for errors found later.
@@ -106,61 +74,68 @@ func (p *parser) mark() *caddyfile.Dispenser {
 }
 
 // option reads the option that the current token names.
-func (p *parser) option() error {
+func (p *parser) option(h *Handler) error {
 	name := p.Val()
-	if name == "backend" {
-		return p.backend()
+	o := named(handlerOptions, name)
+	if o == nil {
+		return p.unknownOption(name)
 	}
-	parse, ok := optionParsers[name]
-	if _, err := parseTarget(name); !ok && err == nil {
-		line, more := "backend "+name, ""
-		if rest := p.RemainingArgs(); len(rest) > 0 {
-			if _, err := strconv.Atoi(rest[0]); err == nil {
-				line += " " + rest[0]
-			} else {
-				more = ", one a line"
-			}
-		}
-		return p.Errf("tcp_lb: unknown option %q: write %s%s", name, line, more)
-	}
-	if !ok {
-		return p.Errf("tcp_lb: %s", unknown("option", name, optionNames(), meantOptions))
-	}
-	if p.seen[name] {
+	if !p.once(o.spec) {
 		return p.Errf("tcp_lb: option %s is set twice", name)
 	}
-	p.seen[name] = true
-	if name == "health_fast_interval" {
-		p.fastInterval = p.mark()
+	return readOption(p, o, h)
+}
+
+func (p *parser) unknownOption(name string) error {
+	if _, err := parseTarget(name); err != nil {
+		return p.Errf("tcp_lb: %s", unknown("option", name, namesOf(handlerOptions), meantOptions))
 	}
-	if err := parse(p); err != nil {
+	line, more := "backend "+name, ""
+	if rest := p.RemainingArgs(); len(rest) > 0 {
+		if _, err := strconv.Atoi(rest[0]); err == nil {
+			line += " " + rest[0]
+		} else {
+			more = ", one a line"
+		}
+	}
+	return p.Errf("tcp_lb: unknown option %q: write %s%s", name, line, more)
+}
+
+// once notes the place of an option. It reports false if that is there already
+// and may not come again.
+func (p *parser) once(s spec) bool {
+	if p.places[s.name] != nil && !s.repeats {
+		return false
+	}
+	p.places[s.name] = p.mark()
+	return true
+}
+
+// readOption reads the option that the current token names into t.
+func readOption[T any](p *parser, o *option[T], t *T) error {
+	if err := o.kind.readInto(p, o.spec, t); err != nil {
 		return err
 	}
-	return p.noBlock(name)
-}
-
-func (p *parser) noBlock(name string) error {
-	if p.NextBlock(p.Nesting()) {
-		hint := ""
-		if name == "access_log" {
-			hint = ": Caddy's global option log says where its lines go"
-		}
-		return p.Errf("%s: takes no block, found %q%s", name, p.Val(), hint)
+	if !p.NextBlock(p.Nesting()) {
+		return nil
 	}
-	return nil
+	more := ""
+	if o.aside != "" {
+		more = ": " + o.aside
+	}
+	return p.Errf("%s: takes no block, found %q%s", o.name, p.Val(), more)
 }
 
-// value reads the option's one argument.
-func (p *parser) value(want string) (option, value string, err error) {
-	option = p.Val()
+// value reads an option's one argument.
+func (p *parser) value(option, want string) (string, error) {
 	if !p.NextArg() {
-		return "", "", p.Errf("%s: the value is missing, want %s", option, want)
+		return "", p.Errf("%s: the value is missing, want %s", option, want)
 	}
-	value = p.Val()
+	value := p.Val()
 	if p.NextArg() {
-		return "", "", p.Errf("%s %s: one value is enough, found %q", option, value, p.Val())
+		return "", p.Errf("%s %s: one value is enough, found %q", option, value, p.Val())
 	}
-	return option, value, nil
+	return value, nil
 }
 
 // located adds file and line to an error.
@@ -171,89 +146,26 @@ func (p *parser) located(err error) error {
 	return p.WrapErr(err)
 }
 
-func number(low, high int, set func(*Handler, int)) func(*parser) error {
-	return func(p *parser) error {
-		option, value, err := p.value("a number")
-		if err != nil {
-			return err
-		}
-		n, err := p.parseNumber(option, value, low, high)
-		if err != nil {
-			return err
-		}
-		set(p.h, n)
-		return nil
-	}
-}
-
-func (p *parser) parseNumber(option, value string, low, high int) (int, error) {
-	n, err := strconv.Atoi(value)
-	if err != nil {
-		return 0, p.Errf("%s %s: want a number from %d to %d%s", option, value, low, high, valueHint(option, value))
-	}
-	return n, p.located(checkRange(option, n, low, high))
-}
-
-func duration(low time.Duration, set func(*Handler, caddy.Duration)) func(*parser) error {
-	return func(p *parser) error {
-		option, value, err := p.value("a duration such as 10s")
-		if err != nil {
-			return err
-		}
-		d, err := p.parseDuration(option, value, low)
-		if err != nil {
-			return err
-		}
-		set(p.h, d)
-		return nil
-	}
-}
-
-func (p *parser) parseDuration(option, value string, low time.Duration) (caddy.Duration, error) {
-	d, err := caddy.ParseDuration(value)
-	if err != nil {
-		return 0, p.Errf("%s %s: want a duration such as 10s%s", option, value, durationHint(option, value))
-	}
-	return caddy.Duration(d), p.located(checkDuration(option, caddy.Duration(d), low))
-}
-
-func (p *parser) name() error {
-	_, value, err := p.value("a name")
-	if err != nil {
-		return err
-	}
-	p.h.Name = value
-	return p.located(checkName(value))
-}
-
-func (p *parser) healthInterval() error {
-	option, value, err := p.value("a duration such as 10s, or off")
+// healthInterval reads a duration, or off.
+func (p *parser) healthInterval(s spec, h *Handler) error {
+	value, err := p.value(s.name, "a duration such as 10s, or off")
 	if err != nil {
 		return err
 	}
 	switch value {
 	case "off":
-		p.h.activeChecks().Disabled = true
+		h.activeChecks().Disabled = true
 		return nil
 	case "OFF", "Off":
-		return p.Errf("%s %s: did you mean off?", option, value)
+		return p.Errf("%s %s: did you mean off?", s.name, value)
 	case "0", "0s", "none", "never", "no", "false", "disabled":
-		return p.Errf("%s %s: want a duration such as 10s, or off", option, value)
+		return p.Errf("%s %s: want a duration such as 10s, or off", s.name, value)
 	}
-	p.h.activeChecks().Interval, err = p.parseDuration(option, value, time.Millisecond)
-	return err
-}
-
-func (p *parser) accessLog() error {
-	p.h.AccessLog = true
-	if p.NextArg() {
-		return p.Errf("access_log: takes no value, found %q: it is off unless it is there, and Caddy's global option log says where its lines go", p.Val())
-	}
-	return nil
+	return named(handlerOptions, s.name).kind.parse(p, s, value, h)
 }
 
 // policy reads lb_policy: a module with options of its own.
-func (p *parser) policy() error {
+func (p *parser) policy(_ spec, h *Handler) error {
 	if !p.NextArg() {
 		return p.Errf("lb_policy: the value is missing, want a policy such as round_robin")
 	}
@@ -272,37 +184,44 @@ func (p *parser) policy() error {
 	if err != nil {
 		return p.Errf("lb_policy %s: %v", name, err)
 	}
-	p.h.loadBalancing().SelectionPolicyRaw = raw
+	h.loadBalancing().SelectionPolicyRaw = raw
 	return nil
 }
 
 // backend reads a line "backend <address> [<weight>]", and its block.
-func (p *parser) backend() error {
+func (p *parser) backend(_ spec, h *Handler) error {
 	if !p.NextArg() {
 		return p.Errf("backend: the address is missing, want host:port")
 	}
 	b, at := BackendConfig{Address: p.Val()}, p.mark()
-	if err := p.backendLine(&b); err != nil {
+	own := newParser(p.Dispenser)
+	if err := own.backendLine(&b); err != nil {
 		return err
 	}
 	for nesting := p.Nesting(); p.NextBlock(nesting); {
-		if name := p.Val(); name != "weight" {
-			return p.Errf("backend %s: %s", b.Address, unknown("option", name, []string{"weight"}, meantOfBackend))
-		}
-		_, value, err := p.value("a number")
-		if err != nil {
-			return err
-		}
-		if err := p.weight(&b, value); err != nil {
-			return err
-		}
-		if err := p.noBlock("weight"); err != nil {
+		if err := own.backendOption(&b); err != nil {
 			return err
 		}
 	}
 	located := *p
 	located.Dispenser = at
-	return located.addBackend(b)
+	return located.addBackend(h, b)
+}
+
+// backendOption reads the option of b that the current token names.
+func (p *parser) backendOption(b *BackendConfig) error {
+	name := p.Val()
+	o := named(backendOptions, name)
+	if o == nil {
+		return p.Errf("backend %s: %s", b.Address, unknown("option", name, namesOf(backendOptions), meantInBackend(name)))
+	}
+	if !p.once(o.spec) {
+		return p.Errf("backend %s: %s is set twice", b.Address, name)
+	}
+	if err := readOption(p, o, b); err != nil {
+		return fmt.Errorf("backend %s: %w", b.Address, err)
+	}
+	return nil
 }
 
 // backendLine reads what follows the address: a weight at most.
@@ -343,21 +262,19 @@ func (p *parser) backendLine(b *BackendConfig) error {
 	return p.Errf("backend %s: want an address and a weight, found %q as well", b.Address, next)
 }
 
+// weight reads a weight that stands on the backend's line.
 func (p *parser) weight(b *BackendConfig, value string) error {
-	if b.Weight != nil {
-		return p.Errf("backend %s: weight is set twice", b.Address)
-	}
-	n, err := p.parseNumber("weight", value, 1, maxWeight)
-	if err != nil {
+	o := named(backendOptions, "weight")
+	p.once(o.spec)
+	if err := o.kind.parse(p, o.spec, value, b); err != nil {
 		return fmt.Errorf("backend %s: %w", b.Address, err)
 	}
-	b.Weight = &n
 	return nil
 }
 
 // addBackend checks the address, which may hold placeholders that are known only
 // when the config is loaded, and adds the backend.
-func (p *parser) addBackend(b BackendConfig) error {
+func (p *parser) addBackend(h *Handler, b BackendConfig) error {
 	t, err := target{text: b.Address}, checkText(b.Address)
 	if !hasPlaceholder(b.Address) {
 		t, err = parseBackend(b.Address)
@@ -370,17 +287,18 @@ func (p *parser) addBackend(b BackendConfig) error {
 		return p.Errf("backend %q is listed twice", b.Address)
 	}
 	p.addresses[canonical] = true
-	p.h.Backends = append(p.h.Backends, b)
+	h.Backends = append(h.Backends, b)
 	return nil
 }
 
 // checkIntervals needs both intervals, in whichever order they came.
-func (p *parser) checkIntervals() error {
-	if p.fastInterval == nil {
+func (p *parser) checkIntervals(h *Handler) error {
+	place := p.places["health_fast_interval"]
+	if place == nil {
 		return nil
 	}
-	if err := checkFastInterval("health_fast_interval", *p.h.HealthChecks.Active); err != nil {
-		return p.fastInterval.WrapErr(err)
+	if err := checkFastInterval("health_fast_interval", h); err != nil {
+		return place.WrapErr(err)
 	}
 	return nil
 }

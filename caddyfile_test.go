@@ -55,7 +55,7 @@ func indented(t testing.TB, config string) string {
 }
 
 func TestEveryOptionHasAGolden(t *testing.T) {
-	for _, option := range append(slices.Sorted(maps.Keys(optionParsers)), "backend", "tcp_lb_health") {
+	for _, option := range append(namesOf(handlerOptions), "tcp_lb_health") {
 		content, err := os.ReadFile("testdata/caddyfile/" + option + ".caddytest")
 		require.NoError(t, err)
 		input, _, _ := strings.Cut(string(content), goldenSeparator)
@@ -243,6 +243,11 @@ var validOptions = map[string]string{
 }
 
 var (
+	validBackendOptions = map[string]string{"weight": "2"}
+	validGlobalOptions  = map[string]string{"handshake_timeout": "5s"}
+)
+
+var (
 	durationOptions = []string{
 		"lb_try_duration", "lb_try_interval", "health_interval", "health_fast_interval", "health_timeout",
 		"dial_timeout", "idle_timeout", "drain_timeout",
@@ -254,7 +259,7 @@ var (
 
 // TestCaddyfileRefusesOfEveryOption has the mistakes that each option can have.
 func TestCaddyfileRefusesOfEveryOption(t *testing.T) {
-	require.ElementsMatch(t, slices.Collect(maps.Keys(optionParsers)), slices.Collect(maps.Keys(validOptions)))
+	require.ElementsMatch(t, namesOf(handlerOptions), append(slices.Collect(maps.Keys(validOptions)), "backend"))
 	refused := func(mistake, option string, line int, lines []string, want ...string) {
 		t.Run(mistake+"/"+option, func(t *testing.T) {
 			requireRefused(t, lbCaddyfile("good:80", lines...), handlerLine+line, append(want, option)...)

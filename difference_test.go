@@ -82,5 +82,4 @@ func TestFirstDifference(t *testing.T) {
 	policy := func(p string) string { return strings.Replace(plain, `{"policy":"round_robin"}`, p, 1) }
 	require.Equal(t, `lb_policy is {"policy":"round_robin"} in one and {"policy":"x","n":1} in the other`, firstDifference(plain, policy(`{"policy":"x","n":1}`)))
 	require.Equal(t, "the weight of backend \"a:80\" is 1 in one and 2 in the other", firstDifference(plain, strings.Replace(plain, `"weight":1`, `"weight":2`, 1)))
-	require.Len(t, comparedSettings, len(validOptions)-1, "all but the name")
 }

@@ -1,9 +1,6 @@
 package tcplb
 
 import (
-	"maps"
-	"slices"
-
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -11,19 +8,6 @@ import (
 
 func init() {
 	httpcaddyfile.RegisterGlobalOption("tcp_lb", parseGlobalOption)
-}
-
-// globalOptions has the options of the app.
-var globalOptions = map[string]func(*parser, *App) error{
-	"handshake_timeout": func(p *parser, a *App) error {
-		option, value, err := p.value("a duration such as 10s")
-		if err != nil {
-			return err
-		}
-		d, err := p.parseDuration(option, value, 0)
-		a.HandshakeTimeout = &d
-		return err
-	},
 }
 
 // parseGlobalOption reads what holds for all tcp_lb handlers of a config:
@@ -42,7 +26,7 @@ func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 		return nil, d.Errf("tcp_lb: the global option takes a block, found %q", d.Val())
 	}
 	app := new(App)
-	p := &parser{Dispenser: d, seen: make(map[string]bool)}
+	p := newParser(d)
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		if err := p.globalOption(app); err != nil {
 			return nil, err
@@ -54,24 +38,20 @@ func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 // globalOption reads the option that the current token names.
 func (p *parser) globalOption(a *App) error {
 	name := p.Val()
-	parse, ok := globalOptions[name]
-	if !ok {
-		return p.Errf("tcp_lb: %s", unknown("global option", name, slices.Sorted(maps.Keys(globalOptions)), meantGlobally(name)))
+	o := named(globalOptions, name)
+	if o == nil {
+		return p.Errf("tcp_lb: %s", unknown("global option", name, namesOf(globalOptions), meantGlobally(name)))
 	}
-	if p.seen[name] {
+	if !p.once(o.spec) {
 		return p.Errf("tcp_lb: global option %s is set twice", name)
 	}
-	p.seen[name] = true
-	if err := parse(p, a); err != nil {
-		return err
-	}
-	return p.noBlock(name)
+	return readOption(p, o, a)
 }
 
 // meantGlobally has what is meant by a name that is no global option.
 func meantGlobally(name string) map[string]string {
 	name = plainName(name)
-	if optionParsers[name] != nil || name == "backend" {
+	if named(handlerOptions, name) != nil {
 		return map[string]string{name: "it belongs to the handler: write it in the block of tcp_lb <address>... { } in a route"}
 	}
 	return map[string]string{"timeout": "handshake_timeout", "matching_timeout": "it belongs to a server: write it in the block of the listener, beside route"}

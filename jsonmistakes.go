@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,23 +44,38 @@ const (
 	jsonTCPCheck = "checks are TCP connects, see health_checks.active.interval and health_checks.active.port"
 )
 
-// checksOffJSON is what turns checks off, by the object in which it is to be.
-var checksOffJSON = map[string]string{"health_checks": `{"active":{"disabled":true}}`, "health_checks.active": `{"disabled":true}`}
+// checksOffJSON is what turns checks off, by the value that was meant to.
+var checksOffJSON = map[string]string{
+	"health_checks": `{"active":{"disabled":true}}`, "health_checks.active": `{"disabled":true}`,
+	"health_checks.active.interval": `"disabled": true`,
+}
 
-// meantFields has, by name, where options of the Caddyfile are in the JSON.
+// meantFields says what to write for names that other balancers, and other
+// handlers of Caddy have: a field, or a hint. See meantInJSON.
 var meantFields = map[string]string{
-	"backend": "backends", "servers": "backends", "upstreams": "backends", "upstream": "backends",
-	"lb_policy": "write load_balancing.selection_policy", "policy": "write load_balancing.selection_policy", "selection_policy": "write load_balancing.selection_policy",
-	"lb_retries": "write load_balancing.retries", "retries": "write load_balancing.retries",
-	"lb_try_duration": "write load_balancing.try_duration", "try_duration": "write load_balancing.try_duration",
-	"lb_try_interval": "write load_balancing.try_interval", "try_interval": "write load_balancing.try_interval",
-	"health_interval": "write health_checks.active.interval", "health_fast_interval": "write health_checks.active.fast_interval",
-	"health_timeout": "write health_checks.active.timeout", "health_passes": "write health_checks.active.passes",
-	"health_fails": "write health_checks.active.fails", "health_port": "write health_checks.active.port",
+	"servers": "backends", "upstreams": "backends", "upstream": "backends",
+	"policy": "write load_balancing.selection_policy", "selection_policy": "write load_balancing.selection_policy",
+	"retries": "write load_balancing.retries", "try_duration": "write load_balancing.try_duration", "try_interval": "write load_balancing.try_interval",
 	"interval": "write health_checks.active.interval",
 	"dial":     "address", "host": "address", "addr": "address", "backup": noBackup,
-	"passive": jsonPassive, "max_fails": jsonPassive, "uri": jsonTCPCheck, "path": jsonTCPCheck, "handshake_timeout": "it holds for all handlers: write apps.tcp_lb.handshake_timeout",
+	"passive": jsonPassive, "max_fails": jsonPassive, "uri": jsonTCPCheck, "path": jsonTCPCheck,
 	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": noLimit, "tls": noTLS, "proxy_protocol": noProxyHeader,
+}
+
+// meantInJSON has what is meant by a name that is no field: an option's name in
+// the Caddyfile, or an entry of meantFields.
+func meantInJSON(name string) map[string]string {
+	name = plainName(name)
+	if o := named(handlerOptions, name); o != nil && o.path != name {
+		if !strings.Contains(o.path, ".") {
+			return map[string]string{name: o.path}
+		}
+		return map[string]string{name: "write " + o.path}
+	}
+	if o := named(globalOptions, name); o != nil {
+		return map[string]string{name: "it holds for all handlers: write apps.tcp_lb." + o.path}
+	}
+	return meantFields
 }
 
 // misplaced finds the value in the JSON that does not fit the type, and says
@@ -88,7 +104,7 @@ func misplaced(raw json.RawMessage, t reflect.Type, path string) error {
 	if json.Unmarshal(raw, reflect.New(t).Interface()) == nil {
 		return nil
 	}
-	return fmt.Errorf("%s %s: %s", path, short(raw), wanted(path[strings.LastIndex(path, ".")+1:], raw, t))
+	return fmt.Errorf("%s %s: %s", path, short(raw), wanted(path, raw, t))
 }
 
 func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
@@ -119,7 +135,7 @@ func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
 				return err
 			}
 		case path != "" || name != "handler":
-			err := errors.New(unknown("field", name, slices.Sorted(maps.Keys(fields)), meantFields))
+			err := errors.New(unknown("field", name, slices.Sorted(maps.Keys(fields)), meantInJSON(name)))
 			if path != "" {
 				err = fmt.Errorf("%s: %w", path, err)
 			}
@@ -130,24 +146,21 @@ func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
 }
 
 // wanted says what a value of the type looks like.
-func wanted(option string, raw json.RawMessage, t reflect.Type) string {
+func wanted(path string, raw json.RawMessage, t reflect.Type) string {
 	var text string
 	_ = json.Unmarshal(raw, &text)
+	s := specAt(path)
 	switch {
+	case t == reflect.TypeFor[caddy.Duration]() && isNone(text) && checksOffJSON[path] != "":
+		return fmt.Sprintf(`want a duration such as "10s"; %s turns checks off`, checksOffJSON[path])
+	case t == reflect.TypeFor[caddy.Duration]() && text != "":
+		return `want a duration such as "10s"` + durationHint(s, text)
 	case t == reflect.TypeFor[caddy.Duration]():
-		want := `want a duration such as "10s"`
-		if text != "" {
-			want += durationHint(option, text)
-		}
-		return want
+		return `want a duration such as "10s"`
 	case t.Kind() == reflect.Bool:
 		return "want true or false"
-	case t.Kind() == reflect.Int && hasPlaceholder(text):
-		return "want a number" + valueHint(option, text)
-	case t.Kind() == reflect.Int && text != "" && valueHint(option, text) != "":
-		return "want a number" + valueHint(option, text)
 	case t.Kind() == reflect.Int && text != "":
-		return "want a number, without quotes"
+		return "want a number" + cmp.Or(valueHint(s, text), ", without quotes")
 	case t.Kind() == reflect.Int:
 		return "want a whole number"
 	}

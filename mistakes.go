@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -90,13 +89,15 @@ var meantOfBackend = map[string]string{
 	"max_requests": noLimit, "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
 	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
 	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
-	"health_port": "it holds for all backends: write it outside of this block", "health_interval": "it holds for all backends: write it outside of this block",
-	"health_timeout": "it holds for all backends: write it outside of this block", "dial_timeout": "it holds for all backends: write it outside of this block",
 }
 
-// optionNames are all options of the Caddyfile.
-func optionNames() []string {
-	return append(slices.Sorted(maps.Keys(optionParsers)), "backend")
+// meantInBackend has what is meant by a name that is no option of a backend.
+func meantInBackend(name string) map[string]string {
+	name = plainName(name)
+	if o := named(handlerOptions, name); o == nil || o.repeats || meantOfBackend[name] != "" {
+		return meantOfBackend
+	}
+	return map[string]string{name: "it holds for all backends: write it outside of this block"}
 }
 
 // unknown describes a name that is not one of those there are. What was meant
@@ -191,7 +192,7 @@ func checkPolicyName(name string) error {
 
 // valueHint says what could be meant by a value that is no number or duration;
 // it begins with a separator, or is empty.
-func valueHint(option, value string) string {
+func valueHint(s spec, value string) string {
 	if bare := strings.TrimRight(value, ";"); bare != value {
 		return fmt.Sprintf(": write %s: %s", bare, noSemicolons)
 	}
@@ -202,14 +203,13 @@ func valueHint(option, value string) string {
 		}
 		return fmt.Sprintf("; placeholders are resolved in addresses and names only: write {$%s} in a Caddyfile, which is filled in from the environment when that is read", variable)
 	}
-	switch plainName(value) {
-	case "off", "none", "never", "no", "false", "disabled", "unlimited", "infinite", "inf", "infinity", "forever", "auto", "default":
-		return map[string]string{
-			"idle_timeout": "; 0 means never", "drain_timeout": "; 0 means at once", "lb_retries": "; 0 means none", "lb_try_duration": "; 0 means not to wait",
-			"retries": "; 0 means none", "try_duration": "; 0 means not to wait", "handshake_timeout": "; 0 means none", "interval": `; "disabled": true turns checks off`,
-			"port":            "; leave it out for the backend's own port",
-			"max_connections": "; leave it out for as many as the limit of open files allows", "health_port": "; leave it out for the backend's own port",
-		}[option]
+	switch {
+	case isNone(value) && s.zero != "":
+		return "; 0 means " + s.zero
+	case isNone(value) && s.unset != "":
+		return "; leave it out for " + s.unset
+	case isNone(value):
+		return ""
 	}
 	if strings.ContainsAny(value, "0123456789") && strings.ContainsAny(value, ",_kKmM") {
 		return ", in digits alone"
@@ -217,12 +217,22 @@ func valueHint(option, value string) string {
 	return ""
 }
 
+// isNone reports whether the value stands for none, or for what there is without
+// it.
+func isNone(value string) bool {
+	switch plainName(value) {
+	case "off", "none", "never", "no", "false", "disabled", "unlimited", "infinite", "inf", "infinity", "forever", "auto", "default":
+		return true
+	}
+	return false
+}
+
 // durationHint is valueHint with a guess at the unit.
-func durationHint(option, value string) string {
+func durationHint(s spec, value string) string {
 	number := strings.TrimRight(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
 	n, err := strconv.ParseFloat(number, 64)
 	if err != nil {
-		return valueHint(option, value)
+		return valueHint(s, value)
 	}
 	if number == value && n >= 1000 {
 		return fmt.Sprintf(": did you mean %sms or %ss? (HAProxy's bare numbers are milliseconds)", number, number)
@@ -272,7 +282,7 @@ func misspelled(address string, err error) error {
 		return err
 	case name == "weight" || isNumber == nil:
 		return fmt.Errorf("%w; a weight is written in the block { }, on a line of its own: backend <address> <weight>", err)
-	case optionParsers[name] != nil || name == "backend":
+	case named(handlerOptions, name) != nil:
 		return fmt.Errorf("%w; if the option %s is meant, it goes into the block { }, on a line of its own", err, name)
 	case meantOptions[name] == meantBackend:
 		return fmt.Errorf("%w; addresses follow tcp_lb or backend without %q", err, address)
@@ -321,7 +331,7 @@ func backendLineError(address, found, next string) error {
 		return fmt.Errorf("%s: %s", found, meant)
 	case meant != "" && meant != meantBackend:
 		return fmt.Errorf("%s: it holds for all backends: write %s on a line of its own", found, meant)
-	case optionParsers[word] != nil:
+	case named(handlerOptions, word) != nil && word != "backend":
 		return fmt.Errorf("%s: it holds for all backends: write it on a line of its own", found)
 	case word != "" && unicode.IsLetter(rune(word[0])):
 		return fmt.Errorf("unknown word %q after the address: only a weight may stand there, a number from 1 to %d", found, maxWeight)

@@ -61,6 +61,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		`drain_timeout "2 min"`:              "did you mean 2m?",
 		"idle_timeout never":                 "0 means never",
 		"drain_timeout none":                 "0 means at once",
+		"health_fast_interval off":           "leave it out for 1s, or the interval if less",
 		"max_connections unlimited":          "leave it out for as many as the limit of open files allows",
 		"max_connections 5k":                 "want a number from 0 to 2147483647, in digits alone",
 		"max_connections 10,000":             "in digits alone",
@@ -154,6 +155,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"backup":         "there are no backup backends",
 		"down":           "take the backend out of the config",
 		"health_port 81": "write it outside of this block",
+		"Access-log":     "it holds for all backends: write it outside of this block",
 		"name web1":      "backends have no names of their own",
 	} {
 		t.Run("in a backend's block: "+option, func(t *testing.T) {

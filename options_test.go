@@ -1,0 +1,225 @@
+package tcplb
+
+import (
+	"encoding/json"
+	"go/ast"
+	goparser "go/parser"
+	"go/token"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/stretchr/testify/require"
+)
+
+// leafFields returns the paths of all values in the JSON of a t.
+func leafFields(t reflect.Type, under string) (paths []string) {
+	for i := range t.NumField() {
+		f := t.Field(i)
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		of := f.Type
+		if of.Kind() == reflect.Pointer {
+			of = of.Elem()
+		}
+		switch {
+		case name == "":
+		case of.Kind() == reflect.Struct:
+			paths = append(paths, leafFields(of, under+name+".")...)
+		default:
+			paths = append(paths, under+name)
+		}
+	}
+	return paths
+}
+
+// paths returns where the options are in JSON, each at a place of its own.
+func paths[T any](t testing.TB, options []option[T]) (list []string) {
+	t.Helper()
+	names := namesOf(options)
+	slices.Sort(names)
+	require.Equal(t, slices.Compact(slices.Clone(names)), names, "one row for each")
+	for _, o := range options {
+		list = append(list, o.path)
+	}
+	return list
+}
+
+// A field that has no row is never checked, filled in, compared or documented.
+func TestEveryFieldIsAnOption(t *testing.T) {
+	require.ElementsMatch(t, leafFields(reflect.TypeFor[Handler](), ""),
+		append(paths(t, handlerOptions), "health_checks.active.disabled"), "beside what health_interval off is")
+	require.ElementsMatch(t, leafFields(reflect.TypeFor[BackendConfig](), ""),
+		append(paths(t, backendOptions), "address"), "beside what stands before the block")
+	require.ElementsMatch(t, leafFields(reflect.TypeFor[App](), ""), paths(t, globalOptions))
+}
+
+// set returns the paths of a JSON object's values. Those of modules and lists
+// are not looked into.
+func set(t testing.TB, raw []byte, under string) (paths []string) {
+	t.Helper()
+	var members map[string]json.RawMessage
+	require.NoError(t, json.Unmarshal(raw, &members))
+	for name, value := range members {
+		if value[0] == '{' && name != "selection_policy" {
+			paths = append(paths, set(t, value, under+name+".")...)
+		} else {
+			paths = append(paths, under+name)
+		}
+	}
+	return paths
+}
+
+// TestOptionsReachTheirFields: what the Caddyfile has is in the JSON where its
+// row says, and nothing else is.
+func TestOptionsReachTheirFields(t *testing.T) {
+	for _, o := range handlerOptions {
+		if o.name == "backend" {
+			continue
+		}
+		config, err := adapt(t, lbCaddyfile("a:80", strings.TrimSpace(o.name+" "+validOptions[o.name])))
+		require.NoError(t, err)
+		require.ElementsMatch(t, []string{"handler", "backends", o.path}, set(t, []byte(firstHandler(t, config)), ""))
+	}
+	for _, o := range backendOptions {
+		config, err := adapt(t, lbCaddyfile("", "backend a:80 {", "\t"+strings.TrimSpace(o.name+" "+validBackendOptions[o.name]), "}"))
+		require.NoError(t, err)
+		b, err := json.Marshal(handlerOf(t, firstHandler(t, config)).Backends[0])
+		require.NoError(t, err)
+		require.ElementsMatch(t, []string{"address", o.path}, set(t, b, ""))
+	}
+	for _, o := range globalOptions {
+		config, err := adapt(t, "{\n\ttcp_lb {\n\t\t"+strings.TrimSpace(o.name+" "+validGlobalOptions[o.name])+"\n\t}\n}\n")
+		require.NoError(t, err)
+		require.ElementsMatch(t, []string{"apps.tcp_lb." + o.path}, set(t, []byte(config), ""))
+	}
+}
+
+// requireSound wants of rows defaults that are accepted, and told as they are,
+// and a 0 that is the default, or refused, or explained.
+func requireSound[T any](t testing.TB, options []option[T], fresh func() T) {
+	t.Helper()
+	filled := fresh()
+	fillIn(&filled, options)
+	require.NoError(t, checkAll(&filled, options))
+	for _, o := range options {
+		require.NotEmpty(t, o.help, o.name)
+		if o.kind.show == nil {
+			continue
+		}
+		shown := o.kind.show(&filled)
+		switch {
+		case o.unset == "":
+			require.NotContains(t, shown, notSet, "%s: its default wants a text", o.name)
+		case strings.HasPrefix(o.unset, "`"):
+			require.Contains(t, shown, `"`+strings.Trim(o.unset, "`")+`"`, o.name)
+		case shown != notSet:
+			require.Regexp(t, "^"+shown+`\b`, o.unset, o.name)
+		}
+		zero := fresh()
+		if o.kind.parse == nil || strings.HasPrefix(shown, `"`) {
+			continue
+		}
+		if o.kind.parse(newParser(nowhere()), o.spec, "0", &zero) != nil {
+			require.Empty(t, o.zero, "%s: 0 is refused", o.name)
+			continue
+		}
+		fillIn(&zero, options)
+		require.NoError(t, checkAll(&zero, options))
+		if o.zero == "" {
+			require.Equal(t, shown, o.kind.show(&zero), "%s: 0 is no default, and no word says what it is", o.name)
+		} else {
+			require.Regexp(t, "^0", o.kind.show(&zero), "%s: 0 is taken for what is not set", o.name)
+		}
+	}
+}
+
+// nowhere is a Caddyfile without an option.
+func nowhere() *caddyfile.Dispenser {
+	d := caddyfile.NewTestDispenser("tcp_lb")
+	d.Next()
+	return d
+}
+
+func TestDefaultsOfOptions(t *testing.T) {
+	requireSound(t, handlerOptions, func() Handler { return Handler{Backends: []BackendConfig{{Address: "a:80", Weight: new(1)}}} })
+	requireSound(t, backendOptions, func() BackendConfig { return BackendConfig{} })
+	requireSound(t, globalOptions, func() App { return App{} })
+}
+
+// documented are the rows of the options in the README.
+func documented[T any](options []option[T]) (rows []string) {
+	var defaults T
+	fillIn(&defaults, options)
+	for _, o := range options {
+		usage := strings.ReplaceAll(strings.TrimSpace(o.name+" "+o.values), "|", "` or `")
+		unset, meaning := o.unset, o.help
+		if unset == "" {
+			unset = o.kind.show(&defaults)
+		}
+		if o.zero != "" {
+			meaning += "; 0 = " + o.zero
+		}
+		rows = append(rows, "| `"+usage+"` | "+unset+" | `"+o.path+"` | "+meaning+" |")
+	}
+	return rows
+}
+
+// TestReadmeHasTheOptions compares the README's tables with the rows, and writes
+// them with -update.
+func TestReadmeHasTheOptions(t *testing.T) {
+	readme := readFile(t, "README.md")
+	for _, c := range []struct {
+		header string
+		rows   []string
+	}{
+		{"| option | default | JSON | meaning |\n|---|---|---|---|\n",
+			append([]string{"| `<address>...` after `tcp_lb` | | `backends` | backends of weight 1 |"}, documented(handlerOptions)...)},
+		{"| in a backend's block | default | JSON | meaning |\n|---|---|---|---|\n", documented(backendOptions)},
+		{"| global option | default | JSON | meaning |\n|---|---|---|---|\n", documented(globalOptions)},
+	} {
+		before, after, ok := strings.Cut(readme, c.header)
+		require.True(t, ok, c.header)
+		table, after, _ := strings.Cut(after, "\n\n")
+		if *update {
+			readme = before + c.header + strings.Join(c.rows, "\n") + "\n\n" + after
+			continue
+		}
+		require.Equal(t, strings.Join(c.rows, "\n"), table)
+	}
+	if *update {
+		require.NoError(t, os.WriteFile("README.md", []byte(readme), 0o644))
+	}
+}
+
+// usage is how the options look in a Caddyfile, as a comment has them.
+func usage[T any](options []option[T], indent string) string {
+	var b strings.Builder
+	for _, o := range options {
+		b.WriteString(indent + strings.TrimSpace(o.name+" "+o.values))
+		if o.name == "backend" {
+			b.WriteString(" [{\n" + usage(backendOptions, indent+"\t") + indent + "}]")
+		}
+		b.WriteString("\n")
+	}
+	return b.String()
+}
+
+func TestCommentsHaveTheOptions(t *testing.T) {
+	comment := func(file, function string) (text string) {
+		f, err := goparser.ParseFile(token.NewFileSet(), file, nil, goparser.ParseComments)
+		require.NoError(t, err)
+		for _, d := range f.Decls {
+			if d, ok := d.(*ast.FuncDecl); ok && d.Name.Name == function {
+				text = d.Doc.Text()
+			}
+		}
+		return text
+	}
+	require.Contains(t, comment("caddyfile.go", "UnmarshalCaddyfile"),
+		"\ttcp_lb [<address>...] {\n"+usage(handlerOptions, "\t\t")+"\t}\n")
+	require.Contains(t, comment("globaloption.go", "parseGlobalOption"),
+		"\ttcp_lb {\n"+usage(globalOptions, "\t\t")+"\t}\n")
+}
