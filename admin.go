@@ -42,7 +42,7 @@ func (*adminAPI) Routes() []caddy.AdminRoute {
 type backendStatus struct {
 	LB               string     `json:"lb"`
 	Address          string     `json:"address"`
-	Weight           int64      `json:"weight"`  // 0 = no longer in the config, its connections are being drained
+	Weight           int64      `json:"weight"`  // 0 = no new connections go to it, or it left the config and is being drained
 	Healthy          bool       `json:"healthy"` // new connections may go to it
 	Health           string     `json:"health"`  // up, down, or unchecked: checks are off or have yet to tell
 	Active           uint64     `json:"active"`

@@ -17,7 +17,7 @@ type Backend struct {
 
 	// healthy is the checker's verdict, see setHealthy; a backend starts up.
 	healthy atomic.Bool
-	weight  atomic.Int64 // in the newest config; 0 once no config names it
+	weight  atomic.Int64 // in the newest config; 0 also once no config names it
 	load    atomic.Int64 // connections being dialed or open
 
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet

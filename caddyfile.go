@@ -15,7 +15,7 @@ import (
 //	tcp_lb [<address>...] {
 //		name <name>
 //		backend <address> [<weight>] [{
-//			weight <1-256>
+//			weight <0-256>
 //		}]
 //		lb_policy <policy> [...]
 //		lb_retries <number>

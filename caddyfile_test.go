@@ -157,12 +157,11 @@ func TestCaddyfileRefuses(t *testing.T) {
 		{"unknown option", good, []string{"name web", "lb_polciy round_robin"}, 2, []string{"unknown option", `"lb_polciy"`}},
 		{"unknown option of a backend", good, []string{"backend b:80 {", "\tmax_conns 2", "}"}, 2, []string{"b:80", "unknown option", `"max_conns"`}},
 
-		{"weight 0", good, []string{"backend b:80 0"}, 1, []string{"b:80", "weight 0"}},
 		{"weight 257", good, []string{"backend b:80 257"}, 1, []string{"b:80", "weight 257"}},
 		{"weight -1", good, []string{"backend b:80 -1"}, 1, []string{"b:80", "weight -1"}},
 		{"weight x", good, []string{"backend b:80 x"}, 1, []string{"b:80", `unknown word "x" after the address`}},
 		{"weight 1.5", good, []string{"backend b:80 1.5"}, 1, []string{"b:80", "weight 1.5"}},
-		{"weight 0 in a block", good, []string{"backend b:80 {", "\tweight 0", "}"}, 2, []string{"b:80", "weight 0"}},
+		{"weight -1 in a block", good, []string{"backend b:80 {", "\tweight -1", "}"}, 2, []string{"b:80", "weight -1"}},
 		{"weight 257 in a block", good, []string{"backend b:80 {", "\tweight 257", "}"}, 2, []string{"b:80", "weight 257"}},
 		{"weight x in a block", good, []string{"backend b:80 {", "\tweight x", "}"}, 2, []string{"b:80", "weight x"}},
 		{"weight twice, inline and block", good, []string{"backend b:80 2 {", "\tweight 2", "}"}, 2, []string{"b:80", "weight", "twice"}},

@@ -32,6 +32,7 @@ func FuzzCaddyfile(f *testing.F) {
 	f.Add("a:80 [::1]:80", "backend unix//run/x.sock 3\nbackend b:80 {\n\tweight 2\n}\nname \"a b\"")
 	f.Add("", "backend {env.A}:80 256 # comment\nhealth_interval off\nhealth_fast_interval 9s")
 	f.Add("a:80", "health_fast_interval 3s\nhealth_interval 2s")
+	f.Add("a:80", "backend b:80 0\nbackend c:80 {\n\tweight 0\n}")
 	f.Add("a:080 a:80", "idle_timeout 1d12h\nlb_policy round_robin {\n}\n{\n}")
 	f.Add("`a:80`", "name <<END\n\ttext\n\tEND\nbackend b:80 {")
 	f.Fuzz(func(t *testing.T, arguments, options string) {
@@ -116,7 +117,7 @@ func requireInRange(t testing.TB, h *Handler) {
 		require.False(t, seen[target.String()], "%s twice", target)
 		seen[target.String()] = true
 		requireScrapable(t, h.Name, target.String())
-		number("weight", *b.Weight, 1, 256)
+		number("weight", *b.Weight, 0, 256)
 	}
 	lb, a := h.LoadBalancing, h.HealthChecks.Active
 	require.NotEmpty(t, lb.SelectionPolicyRaw)

@@ -172,6 +172,7 @@ func (g *generation) rebuild() {
 	}
 }
 
+// buildLocked leaves out backends of weight 0, which get no new connections.
 func (g *generation) buildLocked(prev Picker) {
 	members := g.members()
 	available := make([]Candidate, 0, len(members))

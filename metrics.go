@@ -17,7 +17,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 var (
 	descHealthy          = describe("backend_healthy", "Whether the backend's health checks say it is up (1) or down (0).")
 	descChecked          = describe("backend_checked", "Whether health checks say that (1), or the backend is taken to be up without (0), since they are off or have yet to tell.")
-	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 once it left the config and is being drained.")
+	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 if no new connections go to it, or once it left the config and is being drained.")
 	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
 	descCheckDuration    = describe("health_check_duration_seconds", "Time that health checks took.")
 	descTransitions      = describe("health_transitions_total", "Changes of the backend's health.", "to")

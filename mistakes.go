@@ -334,7 +334,7 @@ func backendLineError(address, found, next string) error {
 	case named(handlerOptions, word) != nil && word != "backend":
 		return fmt.Errorf("%s: it holds for all backends: write it on a line of its own", found)
 	case word != "" && unicode.IsLetter(rune(word[0])):
-		return fmt.Errorf("unknown word %q after the address: only a weight may stand there, a number from 1 to %d", found, maxWeight)
+		return fmt.Errorf("unknown word %q after the address: only a weight may stand there, a number from 0 to %d", found, maxWeight)
 	}
 	return nil
 }

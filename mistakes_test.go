@@ -93,7 +93,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"backend a:80;":                      "without ';'",
 		"backend a:1 {env.WEIGHT}":           "write {$WEIGHT}",
 		"backend a:1 heavy":                  `unknown word "heavy" after the address`,
-		"backend a:1 5k":                     "weight 5k: want a number from 1 to 256, in digits alone",
+		"backend a:1 5k":                     "weight 5k: want a number from 0 to 256, in digits alone",
 		"backend a:1 slow_start=30s":         `unknown word "slow_start=30s" after the address`,
 		"backend a:1 disabled":               `unknown word "disabled" after the address`,
 		"backend a:1 3 resolve":              `unknown word "resolve" after the address`,

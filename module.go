@@ -52,7 +52,8 @@ type BackendConfig struct {
 	// Address is host:port, [IPv6]:port or unix//path. Placeholders are resolved
 	// once, when the config is loaded; names at each connect.
 	Address string `json:"address"`
-	// Weight is the backend's share relative to the others', 1–256. Default: 1.
+	// Weight is the backend's share relative to the others', 0–256. Default: 1;
+	// 0 = it gets no new connections, open ones and checks go on.
 	Weight *int `json:"weight,omitempty"`
 }
 

@@ -103,9 +103,9 @@ func init() {
 	}
 
 	backendOptions = []option[BackendConfig]{
-		{spec{name: "weight", values: "<1-256>", path: "weight",
+		{spec{name: "weight", values: "<0-256>", path: "weight", zero: "no new connections, open ones go on",
 			help: "its share relative to the others'"},
-			asNumber(1, maxWeight, defaultWeight, optional(func(b *BackendConfig) **int { return &b.Weight }))},
+			asNumber(0, maxWeight, defaultWeight, optional(func(b *BackendConfig) **int { return &b.Weight }))},
 	}
 
 	globalOptions = []option[App]{

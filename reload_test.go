@@ -78,6 +78,44 @@ func TestReloadAddsAndRemovesBackends(t *testing.T) {
 	require.EqualValues(t, 1, metric(t, "connections_active", nil))
 }
 
+// A backend of weight 0 keeps what it has, and gets nothing new.
+func TestWeightZero(t *testing.T) {
+	a, b := duoServer(t, "a"), duoServer(t, "b")
+	lb := freeAddress(t)
+	config := func(weightA, weightB int) string {
+		return lbConfig(lb, fmt.Sprintf(`"drain_timeout":0,"backends":[{"address":%q,"weight":%d},{"address":%q,"weight":%d}]}`, a.address, weightA, b.address, weightB))
+	}
+	names := func() (all string) {
+		for range 4 {
+			name, err := tellName(lb)
+			require.NoError(t, err)
+			all += name
+		}
+		return all
+	}
+	runCaddy(t, config(1, 0))
+	require.Equal(t, "aaaa", names())
+	open := dialClient(t, lb)
+	write(t, open, "s!")
+	expect(t, open, "!")
+	reload(t, config(0, 1))
+	require.Equal(t, "bbbb", names())
+	write(t, open, "still here")
+	expect(t, open, "still here")
+	require.Zero(t, backendStatuses(t)[a.address].Weight)
+	eventually(t, func() bool {
+		status := backendStatuses(t)[a.address]
+		return status.Active == 1 && status.Health == "up"
+	}, "the one that is open is counted, and the backend is checked")
+
+	reload(t, config(0, 0))
+	refused(t, lb)
+	write(t, open, "and here")
+	expect(t, open, "and here")
+	reload(t, config(1, 1))
+	require.ElementsMatch(t, []byte("abab"), []byte(names()))
+}
+
 func TestDrainTimeoutIsCounted(t *testing.T) {
 	a, b := echoServer(t), echoServer(t)
 	lb := freeAddress(t)

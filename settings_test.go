@@ -127,7 +127,7 @@ func TestZeroIsNotAbsent(t *testing.T) {
 
 // TestSettingsReachTheGeneration has a value of its own for each setting.
 func TestSettingsReachTheGeneration(t *testing.T) {
-	g := loaded(t, `{"name":"web","backends":[{"address":"127.0.0.1:1","weight":3},{"address":"127.0.0.1:2"}],
+	g := loaded(t, `{"name":"web","backends":[{"address":"127.0.0.1:1","weight":3},{"address":"127.0.0.1:2"},{"address":"127.0.0.1:3","weight":0}],
 		"load_balancing":{"selection_policy":{"policy":"round_robin"},"retries":1,"try_duration":"1s","try_interval":"2s"},
 		"health_checks":{"active":{"disabled":true,"interval":"4s","fast_interval":"3s","timeout":"5s","passes":6,"fails":7,"port":8}},
 		"max_connections":9,"dial_timeout":"10s","idle_timeout":"11s","drain_timeout":"12s","access_log":true}`)
@@ -144,9 +144,9 @@ func TestSettingsReachTheGeneration(t *testing.T) {
 	require.Equal(t, 11*time.Second, g.idleTimeout)
 	require.Equal(t, 12*time.Second, g.drainTimeout)
 	require.True(t, g.accessLog)
-	require.Len(t, g.members(), 2)
+	require.Len(t, g.members(), 3)
 	require.Equal(t, "127.0.0.1:1", g.members()[0].Backend.Address())
-	require.Equal(t, []int{3, 1}, []int{g.members()[0].weight, g.members()[1].weight})
+	require.Equal(t, []int{3, 1, 0}, []int{g.members()[0].weight, g.members()[1].weight, g.members()[2].weight})
 }
 
 func TestJSONRefuses(t *testing.T) {
@@ -163,7 +163,6 @@ func TestJSONRefuses(t *testing.T) {
 		{"backend without an address", `"backends":[{}]`, []string{`backend ""`}},
 		{"duplicate", `"backends":[{"address":"a:80"},{"address":"b:80"},{"address":"a:80"}]`, []string{`backend "a:80"`, "twice"}},
 		{"duplicate IPv6 in another form", `"backends":[{"address":"[::1]:80"},{"address":"[0:0::1]:80"}]`, []string{`backend "[0:0::1]:80"`, "twice"}},
-		{"weight 0", `"backends":[{"address":"a:80","weight":0}]`, []string{`backend "a:80"`, "weight 0"}},
 		{"weight 257", `"backends":[{"address":"a:80"},{"address":"b:80","weight":257}]`, []string{`backend "b:80"`, "weight 257"}},
 		{"weight -1", `"backends":[{"address":"a:80","weight":-1}]`, []string{`backend "a:80"`, "weight -1"}},
 		{"port range", `"backends":[{"address":"a:80-82"}]`, []string{`backend "a:80-82"`, "port range"}},
