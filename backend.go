@@ -65,9 +65,13 @@ type stats struct {
 func newBackend(p *pool, address string, t target) *Backend {
 	b := &Backend{pool: p, address: address, target: t, sessions: make(map[*session]struct{})}
 	b.healthy.Store(true)
-	b.stats.dialTime.bounds = dialBuckets
-	b.stats.checkTime.bounds = dialBuckets
-	b.stats.duration.bounds = durationBuckets
+	var all poolTimes
+	if p != nil {
+		all = p.times
+	}
+	b.stats.dialTime.init(backendDialBuckets, all.dial)
+	b.stats.checkTime.init(nil, all.check)
+	b.stats.duration.init(nil, all.duration)
 	return b
 }
 

@@ -5,23 +5,44 @@ import (
 	"time"
 )
 
-// dialBuckets are upper bounds in seconds for connects and probes: from
+// dialBuckets are upper bounds in seconds for a pool's connects and probes: from
 // loopback to a timeout.
 var dialBuckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 
-// durationBuckets are upper bounds in seconds for whole connections: from one
+// durationBuckets are upper bounds in seconds for a pool's connections: from one
 // request to days.
 var durationBuckets = []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400, 86400}
 
-// maxBuckets is the length of the longest bucket list, and one for +Inf.
-const maxBuckets = 17
+// backendDialBuckets are the bounds that each backend has: up to these a backend
+// is in the same network, region and continent, and no packet was lost, which
+// costs a second. A scrape repeats them for every backend, so they are few.
+var backendDialBuckets = []float64{.001, .01, .1, 1}
 
 // histogram counts durations in buckets. Observing is lock-free; the buckets
 // are fixed when it is made.
 type histogram struct {
-	bounds []float64 // seconds, ascending
-	counts [maxBuckets]atomic.Uint64
-	nanos  atomic.Int64 // sum of all observations
+	bounds []float64       // seconds, ascending
+	counts []atomic.Uint64 // and one more, of what is above all of them
+	nanos  atomic.Int64    // sum of all observations
+	whole  *histogram      // that of which this is a part, and which counts the same; nil = none
+}
+
+func (h *histogram) init(bounds []float64, whole *histogram) {
+	h.bounds, h.counts, h.whole = bounds, make([]atomic.Uint64, len(bounds)+1), whole
+}
+
+// poolTimes are those of all of a pool's backends together, of which some may
+// have left it.
+type poolTimes struct{ dial, check, duration *histogram }
+
+func newPoolTimes() poolTimes {
+	return poolTimes{newHistogram(dialBuckets), newHistogram(dialBuckets), newHistogram(durationBuckets)}
+}
+
+func newHistogram(bounds []float64) *histogram {
+	h := new(histogram)
+	h.init(bounds, nil)
+	return h
 }
 
 func (h *histogram) observe(d time.Duration) {
@@ -31,23 +52,20 @@ func (h *histogram) observe(d time.Duration) {
 	}
 	h.counts[i].Add(1)
 	h.nanos.Add(int64(d))
-}
-
-// histogramSnapshot is a histogram as Prometheus wants it: cumulative counts
-// by upper bound.
-type histogramSnapshot struct {
-	count   uint64
-	sum     float64 // seconds
-	buckets map[float64]uint64
-}
-
-func (h *histogram) snapshot() histogramSnapshot {
-	s := histogramSnapshot{buckets: make(map[float64]uint64, len(h.bounds))}
-	for i, bound := range h.bounds {
-		s.count += h.counts[i].Load()
-		s.buckets[bound] = s.count
+	if h.whole != nil {
+		h.whole.observe(d)
 	}
-	s.count += h.counts[len(h.bounds)].Load()
-	s.sum = time.Duration(h.nanos.Load()).Seconds()
-	return s
+}
+
+// snapshot returns the counts as Prometheus wants them, cumulative by upper
+// bound, the number of all, and their sum in seconds.
+func (h *histogram) snapshot() (buckets []uint64, count uint64, sum float64) {
+	buckets = make([]uint64, len(h.bounds))
+	for i := range h.counts {
+		count += h.counts[i].Load()
+		if i < len(buckets) {
+			buckets[i] = count
+		}
+	}
+	return buckets, count, time.Duration(h.nanos.Load()).Seconds()
 }

@@ -10,8 +10,34 @@ import (
 // registered with every config, so that counters go on over reloads.
 type collector struct{}
 
-func describe(name, help string, labels ...string) *prometheus.Desc {
-	return prometheus.NewDesc("tcp_lb_"+name, help, append([]string{"lb", "backend"}, labels...), nil)
+// description is that of a metric of backends or of pools.
+type description struct {
+	*prometheus.Desc
+	label string // that it has beside lb and backend; "" = none
+	pool  bool   // it has no backend
+}
+
+// allDescriptions are filled by those below.
+var allDescriptions []*prometheus.Desc
+
+func describeWith(labels []string, name, help string) *prometheus.Desc {
+	d := prometheus.NewDesc("tcp_lb_"+name, help, labels, nil)
+	allDescriptions = append(allDescriptions, d)
+	return d
+}
+
+// describe describes a metric of a backend, with one more label or none.
+func describe(name, help string, label ...string) description {
+	d := description{Desc: describeWith(append([]string{"lb", "backend"}, label...), name, help)}
+	if len(label) > 0 {
+		d.label = label[0]
+	}
+	return d
+}
+
+// describePool describes a metric of a pool.
+func describePool(name, help string) description {
+	return description{Desc: describeWith([]string{"lb"}, name, help), pool: true}
 }
 
 var (
@@ -31,12 +57,14 @@ var (
 	descReceived         = describe("received_bytes_total", "Bytes received from clients and delivered to the backend.")
 	descSent             = describe("sent_bytes_total", "Bytes received from the backend and delivered to clients.")
 	descTransitionTime   = describe("health_last_transition_timestamp_seconds", "Unix time of the last change of the backend's health; 0 = none yet.")
-	descPoolConnections  = prometheus.NewDesc("tcp_lb_pool_connections", "Connections that the pool is serving: open, connecting, or waiting for a backend.", []string{"lb"}, nil)
-	descPoolLimit        = prometheus.NewDesc("tcp_lb_pool_max_connections", "Connections that the pool serves at most: its max_connections, or what the process's files allow if that is less.", []string{"lb"}, nil)
-	descFiles            = prometheus.NewDesc("tcp_lb_open_files", "Files that the connections of all pools use.", nil, nil)
-	descFileLimit        = prometheus.NewDesc("tcp_lb_max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.", nil, nil)
-	descTurnedAway       = prometheus.NewDesc("tcp_lb_listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.", []string{"listener", "reason"}, nil)
-	allDescriptions      = []*prometheus.Desc{descHealthy, descChecked, descWeight, descChecks, descCheckDuration, descTransitions, descTransitionTime, descConnections, descActive, descErrors, descClosed, descDuration, descDialDuration, descRetries, descReceived, descSent, descPoolConnections, descPoolLimit, descFiles, descFileLimit, descTurnedAway}
+	descPoolConnections  = describePool("pool_connections", "Connections that the pool is serving: open, connecting, or waiting for a backend.")
+	descPoolLimit        = describePool("pool_max_connections", "Connections that the pool serves at most: its max_connections, or what the process's files allow if that is less.")
+	descPoolDuration     = describePool("pool_connection_duration_seconds", "Time from a connection's reaching tcp_lb to its end, of all backends of the pool.")
+	descPoolDialDuration = describePool("pool_dial_duration_seconds", "Time that successful connects took, of all backends of the pool.")
+	descPoolCheckTime    = describePool("pool_health_check_duration_seconds", "Time that health checks took, of all backends of the pool.")
+	descFiles            = describeWith(nil, "open_files", "Files that the connections of all pools use.")
+	descFileLimit        = describeWith(nil, "max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.")
+	descTurnedAway       = describeWith([]string{"listener", "reason"}, "listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.")
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly}
 	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
 )
@@ -58,48 +86,47 @@ func (collector) Collect(out chan<- prometheus.Metric) {
 		}
 	}
 	pools, departedPools, departedBackends := registry.snapshotWithDeparted()
+	m := newEmitter(out)
 	for _, p := range pools {
-		m := emitter{out: out, lb: p.name}
+		m.of(p.name, "")
 		m.pool(p.pool)
 		m.unserved(p.pool)
 		for _, b := range p.backends {
-			m.backend = b.address
+			m.of(p.name, b.address)
 			m.gauges(b)
 			m.counters(b)
 		}
 	}
 	for _, p := range departedPools {
-		m := emitter{out: out, lb: p.name}
+		m.of(p.name, "")
 		m.unserved(p.pool)
 	}
 	for key, b := range departedBackends {
-		m := emitter{out: out, lb: key.lb, backend: key.backend}
+		m.of(key.lb, key.backend)
 		m.counters(b.Backend)
 	}
-}
-
-// emitter sends metrics of one pool and backend.
-type emitter struct {
-	out         chan<- prometheus.Metric
-	lb, backend string
 }
 
 // pool sends how much of the pool's limit is used. A pool that no config has
 // any more has no limit.
 func (m *emitter) pool(p *pool) {
-	m.out <- prometheus.MustNewConstMetric(descPoolConnections, prometheus.GaugeValue, float64(p.active.Load()), m.lb)
+	m.gauge(descPoolConnections, float64(p.active.Load()))
 	if g := p.newest.Load(); g != nil {
-		m.out <- prometheus.MustNewConstMetric(descPoolLimit, prometheus.GaugeValue, float64(g.connections()), m.lb)
+		m.gauge(descPoolLimit, float64(g.connections()))
 	}
 }
 
-// unserved sends what became of the pool's clients that never had a backend.
+// unserved sends what became of the pool's clients that never had a backend,
+// and how long it took with all of those that had one.
 func (m *emitter) unserved(p *pool) {
 	m.counter(descErrors, p.closed[reasonNoBackend].Load(), reasonNoBackend.String())
 	m.counter(descErrors, p.closed[reasonMaxConnections].Load(), reasonMaxConnections.String())
 	for _, why := range unservedReasons {
 		m.counter(descClosed, p.closed[why].Load(), why.String())
 	}
+	m.histogram(descPoolDuration, p.times.duration)
+	m.histogram(descPoolDialDuration, p.times.dial)
+	m.histogram(descPoolCheckTime, p.times.check)
 }
 
 // gauges sends how a backend is, of one that is in the config or drained.
@@ -140,19 +167,6 @@ func oneIf(set bool) float64 {
 		return 1
 	}
 	return 0
-}
-
-func (m *emitter) counter(d *prometheus.Desc, n uint64, labels ...string) {
-	m.out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), append([]string{m.lb, m.backend}, labels...)...)
-}
-
-func (m *emitter) gauge(d *prometheus.Desc, v float64) {
-	m.out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, m.lb, m.backend)
-}
-
-func (m *emitter) histogram(d *prometheus.Desc, h *histogram) {
-	s := h.snapshot()
-	m.out <- prometheus.MustNewConstHistogram(d, s.count, s.sum, s.buckets, m.lb, m.backend)
 }
 
 // Interface guard

@@ -200,6 +200,55 @@ func TestSeriesOfARemovedBackend(t *testing.T) {
 	require.Contains(t, exposition(t), fmt.Sprintf(`tcp_lb_connections_total{backend=%q,lb="tcp_lb"} 1`, a.address))
 }
 
+// What connections took is counted for the backend and for its pool, and what
+// the pool counts does not shrink when a backend leaves.
+func TestPoolDurations(t *testing.T) {
+	a, b := namedServer(t, "a"), namedServer(t, "b")
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig(lb, backendsJSON(a.address, b.address)+"}"))
+	for range 4 {
+		_, err := ask(lb)
+		require.NoError(t, err)
+	}
+	requireBooksBalance(t, 4)
+	for _, name := range []string{"connection_duration_seconds", "dial_duration_seconds"} {
+		require.EqualValues(t, 2, metric(t, name, labels("backend", a.address)), name)
+		require.EqualValues(t, 4, metric(t, "pool_"+name, labels("lb", "tcp_lb")), name)
+	}
+	eventually(t, func() bool {
+		checks := metric(t, "health_check_duration_seconds", nil)
+		return checks >= 2 && metric(t, "pool_health_check_duration_seconds", nil) == checks
+	}, "checks, too")
+	reload(t, lbConfig(lb, backendsJSON(b.address)+"}"))
+	eventually(t, func() bool { return metric(t, "backend_weight", labels("backend", a.address)) == 0 }, "it left")
+	forgetDeparted()
+	require.NotContains(t, exposition(t), a.address)
+	require.EqualValues(t, 4, metric(t, "pool_connection_duration_seconds", nil))
+	require.EqualValues(t, 4, metric(t, "pool_dial_duration_seconds", nil))
+}
+
+// A thousand backends are to be scraped every few seconds: half of the 6.9 MB
+// that they once were is the most.
+func TestScrapeIsSmall(t *testing.T) {
+	const backends, most = 1000, 3450
+	none := len(exposition(t))
+	fillPool(t, backends)
+	text := exposition(t)
+	require.Equal(t, backends, strings.Count(text, "\ntcp_lb_backend_healthy{"))
+	require.Less(t, (len(text)-none)/backends, most, "bytes for each backend")
+	if raceDetector {
+		return // it allocates, too
+	}
+	metrics := make(chan prometheus.Metric, 100*backends)
+	allocations := testing.AllocsPerRun(5, func() {
+		collector{}.Collect(metrics)
+		for len(metrics) > 0 {
+			<-metrics
+		}
+	})
+	require.Less(t, allocations/backends, 10.0, "allocations for each backend")
+}
+
 // BenchmarkScrape is one scrape of a pool of backends, as text.
 func BenchmarkScrape(b *testing.B) {
 	for _, backends := range []int{10, 1000} {
@@ -221,7 +270,8 @@ func BenchmarkScrape(b *testing.B) {
 }
 
 // fillPool adds a pool with backends that nothing checks.
-func fillPool(b *testing.B, backends int) {
+func fillPool(t testing.TB, backends int) {
+	t.Helper()
 	registry.mu.Lock()
 	defer registry.mu.Unlock()
 	p := registry.poolLocked("bench")
@@ -229,7 +279,7 @@ func fillPool(b *testing.B, backends int) {
 		address := fmt.Sprintf("10.0.%d.%d:3001", i/256, i%256)
 		p.backends[address] = newBackend(p, address, target{})
 	}
-	b.Cleanup(func() {
+	t.Cleanup(func() {
 		registry.mu.Lock()
 		defer registry.mu.Unlock()
 		delete(registry.pools, "bench")

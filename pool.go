@@ -25,6 +25,7 @@ type pool struct {
 	demand demand                // for probes
 
 	closed                         [numReasons]atomic.Uint64 // connections that ended before they had a backend
+	times                          poolTimes
 	refusals, overLimit, overFiles notice
 
 	waiters waiters
@@ -38,6 +39,10 @@ type pool struct {
 	generations []*generation
 	backends    map[string]*Backend // by address; guarded by the registry
 	gone        totals              // of backends that were dropped; guarded by the registry
+}
+
+func newPool(name string) *pool {
+	return &pool{name: name, backends: make(map[string]*Backend), times: newPoolTimes()}
 }
 
 // totals sum up what a pool did.
@@ -73,7 +78,7 @@ func (r *poolRegistry) poolLocked(name string) *pool {
 	p := r.pools[name]
 	if p == nil {
 		if p = r.departed.revivePool(name); p == nil {
-			p = &pool{name: name, backends: make(map[string]*Backend)}
+			p = newPool(name)
 		}
 		r.pools[name] = p
 	}

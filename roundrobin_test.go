@@ -75,7 +75,7 @@ func TestSmoothOrderIsNginxs(t *testing.T) {
 
 // testCandidates makes backends of the given weights, all up.
 func testCandidates(weights ...int) []Candidate {
-	p := &pool{name: "test", backends: make(map[string]*Backend)}
+	p := newPool("test")
 	var list []Candidate
 	for i, w := range weights {
 		list = append(list, Candidate{Backend: newBackend(p, fmt.Sprintf("127.0.0.1:%d", i+1), target{}), Weight: w})
