@@ -210,7 +210,7 @@ func (s *stage) provoke() {
 	for range 15 { // fewer than ten would be too few for a ratio
 		refused(t, s.dead)
 	}
-	for range 20 {
+	for range 40 { // of which half are retried: ten are enough for a ratio
 		echoed(t, s.retry, 100)
 	}
 	hold(t, s.web)
@@ -225,7 +225,7 @@ func (s *stage) provoke() {
 	t.Cleanup(func() { files.release(taken) })
 
 	s.counted("web", 421, 1)
-	s.counted("retry", 20, 0)
+	s.counted("retry", 40, 0)
 	s.counted("small", 2, 2)
 	p.eventually(func() bool { return p.sum(`tcp_lb_connection_errors_total{backend=""}`) == 18 }, "18 were turned away")
 	require.Equal(t, 18.0, s.panel(connections+"Turned away since start/A", ".*").one(t))
@@ -243,7 +243,7 @@ func (s *stage) provoke() {
 	retries := metric(t, "retries_total", labels("lb", "retry"))
 	require.Positive(t, retries)
 	require.Equal(t, retries, s.panel(connections+"Failed connects since start/A", "retry").one(t))
-	require.InDelta(t, retries/(20+retries), s.panel(overview+"Error and retry ratio/B", "retry").one(t), 0.001)
+	require.InDelta(t, retries/(40+retries), s.panel(overview+"Error and retry ratio/B", "retry").one(t), 0.001)
 	require.Zero(t, s.panel(overview+"Error and retry ratio/A", "retry").one(t), "no client noticed")
 	p.eventually(func() bool {
 		return s.panel(overview+"Connections against the limit/B", ".*").one(t) > 0.8 && len(p.query(ruleExpr(t, "TcpLbHealthChecksFailing"))) > 0
