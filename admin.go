@@ -2,7 +2,6 @@ package tcplb
 
 import (
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"slices"
 	"sync/atomic"
@@ -15,7 +14,8 @@ func init() {
 	caddy.RegisterModule(new(adminAPI))
 }
 
-// adminAPI serves GET /tcp_lb/backends and /tcp_lb/pools on Caddy's admin endpoint.
+// adminAPI serves /tcp_lb/backends, /tcp_lb/pools and /tcp_lb/connections on Caddy's
+// admin endpoint.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -35,6 +35,7 @@ func (*adminAPI) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
 		{Pattern: "/tcp_lb/backends", Handler: caddy.AdminHandlerFunc(serveBackends)},
 		{Pattern: "/tcp_lb/pools", Handler: caddy.AdminHandlerFunc(servePools)},
+		{Pattern: "/tcp_lb/connections", Handler: caddy.AdminHandlerFunc(serveConnections)},
 	}
 }
 
@@ -75,31 +76,46 @@ type poolSummary struct {
 }
 
 func serveBackends(w http.ResponseWriter, r *http.Request) error {
+	if !isRead(r) {
+		return methodNotAllowed(w, r, "GET, HEAD")
+	}
+	set, err := parameters(r, "lb", "address")
+	if err != nil {
+		return err
+	}
+	filter, err := parseBackendFilter(set)
+	if err != nil {
+		return err
+	}
 	list := []backendStatus{}
 	for _, p := range registry.snapshot() {
 		for _, b := range p.backends {
-			list = append(list, b.status(p.name))
+			if filter.matches(p.name, b) {
+				list = append(list, b.status(p.name))
+			}
 		}
 	}
-	return serveList(w, r, list)
+	return sendJSON(w, list)
 }
 
 func servePools(w http.ResponseWriter, r *http.Request) error {
+	if !isRead(r) {
+		return methodNotAllowed(w, r, "GET, HEAD")
+	}
+	set, err := parameters(r, "lb")
+	if err != nil {
+		return err
+	}
 	list := []poolSummary{}
 	for _, p := range registry.snapshot() {
-		list = append(list, p.summary())
-	}
-	return serveList(w, r, list)
-}
-
-func serveList(w http.ResponseWriter, r *http.Request, list any) error {
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		return caddy.APIError{
-			HTTPStatus: http.StatusMethodNotAllowed,
-			Err:        fmt.Errorf("method %s is not allowed, want GET", r.Method),
+		if lb := set["lb"]; lb == "" || lb == p.name {
+			list = append(list, p.summary())
 		}
 	}
+	return sendJSON(w, list)
+}
+
+func sendJSON(w http.ResponseWriter, list any) error {
 	w.Header().Set("Content-Type", "application/json")
 	return json.NewEncoder(w).Encode(list)
 }

@@ -22,6 +22,7 @@ const (
 	reasonNoBackend                                            // no backend could be reached
 	reasonMaxConnections                                       // over the connection limit
 	reasonBackendClosedEarly                                   // the backend closed first, at once and before it had sent a byte
+	reasonKilled                                               // cut by hand
 	numReasons
 )
 
@@ -37,6 +38,7 @@ var reasonNames = [numReasons]string{
 	reasonError:          "error",
 
 	reasonBackendClosedEarly: "backend_closed_early",
+	reasonKilled:             "killed",
 }
 
 func (r reason) String() string { return reasonNames[r] }

@@ -17,6 +17,7 @@ import (
 // keeps nothing of the config that accepted it: connections may outlive many.
 type session struct {
 	pool *pool
+	from net.Addr // the client's address
 	// client is what the handler was called with, or the accepted connection
 	// inside it where that was taken over.
 	client    net.Conn
@@ -60,7 +61,8 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 		return false
 	}
 	client := clientConn(cx)
-	find := search{pool: s.pool, client: cx.RemoteAddr(), began: s.began}
+	s.from = cx.RemoteAddr()
+	find := search{pool: s.pool, client: s.from, began: s.began}
 	find.waiter.client, find.waiter.silent = cx, client != cx && len(cx.MatchingBytes()) == 0
 	g, s.err = find.find(g)
 	s.link = find.link
