@@ -90,7 +90,7 @@ func TestAdminAPI(t *testing.T) {
 
 	status, body = request(t, http.MethodPatch, weights, "257")
 	require.GreaterOrEqual(t, status, 400)
-	require.Contains(t, body, "weight 257: want a number from 1 to 256")
+	require.Contains(t, body, "weight 257: want a number from 0 to 256")
 
 	status, body = request(t, http.MethodGet, "http://"+admin+"/tcp_lb/backends", "")
 	require.Equal(t, 200, status)
