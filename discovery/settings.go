@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -95,7 +96,7 @@ func checkHost(name, port string) error {
 	host, itsPort, hasPort := strings.Cut(name, ":")
 	switch _, err := netip.ParseAddr(name); {
 	case err == nil:
-		return fmt.Errorf("name %s: want a name in DNS: for an address write backend %s", name, netip.MustParseAddr(name))
+		return fmt.Errorf("name %s: want a name in DNS: for an address write backend %s", name, net.JoinHostPort(name, cmp.Or(port, "<port>")))
 	case hasPort && checkName(host) == nil && isPort(itsPort):
 		return fmt.Errorf("name %s: want the port by itself: write dynamic a %s %s", name, host, itsPort)
 	case strings.HasPrefix(name, "_") && checkName(name) == nil && port == "":
