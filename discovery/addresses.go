@@ -68,11 +68,6 @@ func (k known) merge(name string, found halves) (merged known, ttl time.Duration
 // addresses asks for those of a fully qualified name, but for a half that is
 // there already.
 func (r *round) addresses(ctx context.Context, name string, wanted families, have halves) halves {
-	if r.hosts {
-		if found := fromHostsFile(ctx, name, wanted); found.v4.addrs != nil || found.v6.addrs != nil {
-			return found
-		}
-	}
 	var wg sync.WaitGroup
 	if wanted.v4 && have.v4.addrs == nil {
 		wg.Go(func() { have.v4 = r.half(ctx, name, dns.TypeA) })
@@ -125,9 +120,18 @@ func noSuchHost(err error) bool {
 	return errors.As(err, &failure) && failure.IsNotFound
 }
 
-func fromHostsFile(ctx context.Context, name string, wanted families) halves {
-	found := halves{v4: half{ttl: forever}, v6: half{ttl: forever}}
-	for _, addr := range lookupHostsFile(ctx, strings.TrimSuffix(name, ".")) {
+// fromHostsFile returns what the hosts file has of a name, if that is asked at all.
+func (r *round) fromHostsFile(ctx context.Context, name string, wanted families) (found halves, ok bool) {
+	if !r.hosts {
+		return halves{}, false
+	}
+	return inHalves(lookupHostsFile(ctx, strings.TrimSuffix(name, ".")), wanted)
+}
+
+// inHalves takes addresses without a TTL apart. It reports false if none is wanted.
+func inHalves(addrs []netip.Addr, wanted families) (found halves, ok bool) {
+	found = halves{v4: half{ttl: forever}, v6: half{ttl: forever}}
+	for _, addr := range addrs {
 		switch addr = addr.Unmap(); {
 		case !connectable(addr):
 		case addr.Is4() && wanted.v4:
@@ -136,7 +140,7 @@ func fromHostsFile(ctx context.Context, name string, wanted families) halves {
 			found.v6.addrs = append(found.v6.addrs, addr)
 		}
 	}
-	return found
+	return found, len(found.v4.addrs)+len(found.v6.addrs) > 0
 }
 
 // usable returns the addresses of A or AAAA records.

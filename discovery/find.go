@@ -40,15 +40,7 @@ type addressFinder struct {
 }
 
 func (f *addressFinder) find(ctx context.Context, r *round) (result, error) {
-	type answer struct {
-		known
-		ttl     time.Duration
-		partial error
-	}
-	a, err := search(r.names(f.name), f.known.name, func(name string) (answer, bool, error) {
-		merged, ttl, err := f.known.merge(name, r.addresses(ctx, name, f.wanted, halves{}))
-		return answer{merged, ttl, err}, merged.name != "", err
-	})
+	a, err := f.answer(ctx, r)
 	if err != nil {
 		return result{}, err
 	}
@@ -62,6 +54,27 @@ func (f *addressFinder) find(ctx context.Context, r *round) (result, error) {
 	}
 	f.known = a.known
 	return result{found: found, ttl: a.ttl, partial: a.partial}, nil
+}
+
+// answer is known with what else there is to say of it.
+type answer struct {
+	known
+	ttl     time.Duration
+	partial error
+}
+
+func (f *addressFinder) answer(ctx context.Context, r *round) (answer, error) {
+	merge := func(name string, found halves) (answer, bool, error) {
+		merged, ttl, err := f.known.merge(name, found)
+		return answer{merged, ttl, err}, merged.name != "", err
+	}
+	if found, ok := r.fromHostsFile(ctx, f.name, f.wanted); ok {
+		a, _, _ := merge(f.name, found)
+		return a, nil
+	}
+	return search(r.names(f.name), f.known.name, func(name string) (answer, bool, error) {
+		return merge(name, r.addresses(ctx, name, f.wanted, halves{}))
+	})
 }
 
 // tier is where a backend belongs.

@@ -143,12 +143,15 @@ func targetError(name string, err error) error {
 	return err // it has the name
 }
 
-// target asks for the addresses of one target, whatever came with its record
-// aside.
+// target returns the addresses of one target. Those that came with its record are
+// not asked for.
 func (f *serviceFinder) target(ctx context.Context, r *round, name string, came halves) halves {
-	if addr, err := netip.ParseAddr(strings.TrimSuffix(name, ".")); err == nil && connectable(addr) {
-		// No name, but plain what is meant.
-		return halves{v4: half{addrs: []netip.Addr{addr}, ttl: forever}}
+	if addr, err := netip.ParseAddr(strings.TrimSuffix(name, ".")); err == nil {
+		found, _ := inHalves([]netip.Addr{addr}, f.wanted) // no name, but plain what is meant
+		return found
+	}
+	if found, ok := r.fromHostsFile(ctx, name, f.wanted); ok {
+		return found
 	}
 	return r.addresses(ctx, name, f.wanted, came)
 }

@@ -239,7 +239,7 @@ func TestAReloadAsksNobody(t *testing.T) {
 		require.Len(t, s.times, 1)
 
 		// One that is given up in the middle leaves the next to begin anew.
-		s.took = 10 * time.Second
+		s.took = 20 * time.Second
 		running(t, l, 25*time.Second)
 		running(t, l, 25*time.Second)
 		require.Len(t, s.times, 3)

@@ -64,9 +64,10 @@ func TestNamesOfTheHostsFile(t *testing.T) {
 	if len(lookupHostsFile(context.Background(), "localhost")) == 0 {
 		t.Skip("localhost is not in this system's hosts file")
 	}
-	s := startNameServer(t, "localhost. 60 A 10.6.6.6", "_pg._tcp.internal. 60 SRV 1 1 1 localhost.")
+	s := startNameServer(t, "localhost. 60 A 10.6.6.6", "localhost.one. 60 A 10.6.6.6", "_pg._tcp.internal. 60 SRV 1 1 1 localhost.")
 	r := asking(s.address)
 	r.hosts = true
+	r.names = func(name string) []string { return []string{name + ".one.", name + "."} }
 	f := anAddressFinder()
 	f.name, f.wanted.v6 = "localhost", false
 	res, err := f.find(context.Background(), r)
@@ -75,6 +76,8 @@ func TestNamesOfTheHostsFile(t *testing.T) {
 	require.Equal(t, forever, res.ttl)
 	require.Empty(t, s.questions())
 
+	r = asking(s.address)
+	r.hosts = true
 	service := aServiceFinder()
 	service.wanted.v6 = false
 	require.Equal(t, []string{"127.0.0.1:1"}, addressesFound(t, service, r))
