@@ -17,8 +17,13 @@ type Backend struct {
 
 	// healthy is the checker's verdict, see setHealthy; a backend starts up.
 	healthy atomic.Bool
-	weight  atomic.Int64 // in the newest config; 0 also once no config names it
+	barred  atomic.Bool  // by hand, by its weight, or since it left a pool that goes on
 	load    atomic.Int64 // connections being dialed or open
+
+	hand      atomic.Pointer[hand] // see byHand
+	weight    atomic.Int64         // in the newest config; 0 also once no config names it
+	effective atomic.Int64         // what of that holds; 0 = no new connections
+	given     int                  // the weight that a config gave it last; guarded by the registry
 
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
 	lastError atomic.Pointer[string]
@@ -63,7 +68,7 @@ type stats struct {
 }
 
 func newBackend(p *pool, address string, t target) *Backend {
-	b := &Backend{pool: p, address: address, target: t, sessions: make(map[*session]struct{})}
+	b := &Backend{pool: p, address: address, target: t, given: defaultWeight, sessions: make(map[*session]struct{})}
 	b.healthy.Store(true)
 	var all poolTimes
 	if p != nil {
@@ -83,11 +88,11 @@ func (b *Backend) Address() string { return b.address }
 func (b *Backend) Load() int64 { return b.load.Load() }
 
 // Available reports whether new connections may go to the backend. It is the
-// one place where the verdict of the health checks, and in time an
-// administrative state, becomes an answer; a change is counted in verdicts.
-func (b *Backend) Available() bool { return b.healthy.Load() }
+// one place where the verdict of the health checks, the state that was set by
+// hand and the weight become an answer; a change is counted in verdicts.
+func (b *Backend) Available() bool { return b.healthy.Load() && !b.barred.Load() }
 
-// verdicts counts the changes of any backend's verdict. Every pick reads it.
+// verdicts counts the changes of any backend's availability. Every pick reads it.
 var verdicts struct {
 	_     [64]byte // it has a cache line of its own
 	count atomic.Uint64
@@ -172,8 +177,12 @@ func (b *Backend) enter(s *session) bool {
 }
 
 // serves reports whether a new connection may stay: not one to a backend that
-// has left the config, if there is another config or the drain timeout is over.
+// was barred meanwhile, or that has left the config, if there is another config
+// or the drain timeout is over.
 func (b *Backend) serves() bool {
+	if b.barred.Load() {
+		return false
+	}
 	b.mu.Lock()
 	users, end, p := b.users, b.drainEnd, b.pool
 	b.mu.Unlock()
@@ -195,6 +204,18 @@ type drained struct {
 	cut  int
 }
 
+// join says that one config more names the backend. It returns whether none did,
+// and how many sessions were being drained and go on.
+func (b *Backend) join() (came bool, open int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.users++
+	if b.byHand().state != stateMaint {
+		open = b.stopDrainingLocked()
+	}
+	return b.users == 1, open
+}
+
 // unuse says that one config less names the backend. After the last one the open
 // sessions have until then to end by themselves; it returns how many there are.
 func (b *Backend) unuse(until time.Time) (open int) {
@@ -202,6 +223,15 @@ func (b *Backend) unuse(until time.Time) (open int) {
 	defer b.mu.Unlock()
 	b.users--
 	if b.users > 0 {
+		return 0
+	}
+	return b.startDrainingLocked(until)
+}
+
+// startDrainingLocked returns how many sessions are to be drained from now on.
+// Where that has begun before, it goes on.
+func (b *Backend) startDrainingLocked(until time.Time) (open int) {
+	if b.drain != nil {
 		return 0
 	}
 	b.drained = drained{open: len(b.sessions)}
@@ -223,10 +253,8 @@ func (b *Backend) drainBefore(t time.Time) {
 	}
 }
 
-// stopDraining returns how many sessions were being drained.
-func (b *Backend) stopDraining() (open int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+// stopDrainingLocked returns how many sessions were being drained.
+func (b *Backend) stopDrainingLocked() (open int) {
 	if b.drain != nil {
 		b.drain.Stop()
 		open = len(b.sessions)

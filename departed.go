@@ -60,9 +60,7 @@ func (d *departedSeries) reviveBackend(p *pool, address string) *Backend {
 		return nil
 	}
 	delete(d.backends, key)
-	b.setHealthy(true)
-	b.lastCheck.Store(0)
-	b.lastError.Store(nil)
+	b.forgetChecks()
 	b.unretire(p)
 	return b
 }

@@ -47,6 +47,7 @@ func handleEvents(t *testing.T, g *generation, h caddyevents.Handler) context.Ca
 	require.NoError(t, app.Provision(ctx))
 	require.NoError(t, app.On("healthy", h))
 	require.NoError(t, app.On("unhealthy", h))
+	require.NoError(t, app.On("state_changed", h))
 	require.NoError(t, app.Start())
 	g.ctx, g.events = ctx, app
 	return func() { cancel() }

@@ -164,6 +164,22 @@ func (g *generation) inherit(prev Picker) {
 // served by one further build.
 func (g *generation) rebuild() {
 	g.outdated.Store(true)
+	g.catchUp()
+}
+
+// rebuildNow is rebuild, but returns when the picker is that of this moment or
+// of a later one.
+func (g *generation) rebuildNow() {
+	g.outdated.Store(true)
+	g.buildMu.Lock()
+	if g.outdated.Swap(false) {
+		g.buildLocked(g.currentPicker())
+	}
+	g.buildMu.Unlock()
+	g.catchUp()
+}
+
+func (g *generation) catchUp() {
 	for g.outdated.Load() && g.buildMu.TryLock() {
 		for g.outdated.Swap(false) {
 			g.buildLocked(g.currentPicker())
@@ -177,8 +193,8 @@ func (g *generation) buildLocked(prev Picker) {
 	members := g.members()
 	available := make([]Candidate, 0, len(members))
 	for _, m := range members {
-		if m.weight > 0 && m.Backend.Available() {
-			available = append(available, Candidate{Backend: m.Backend, Weight: m.weight})
+		if weight := m.Backend.byHand().weightOr(m.weight); weight > 0 && m.Backend.Available() {
+			available = append(available, Candidate{Backend: m.Backend, Weight: weight})
 		}
 	}
 	p := g.newPicker(available, prev)

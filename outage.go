@@ -12,6 +12,7 @@ import (
 type outage struct {
 	mu     sync.Mutex
 	began  time.Time // zero = there is none
+	barred bool      // it is no outage: that is what was wanted
 	before uint64    // clients that had been turned away by then
 }
 
@@ -19,8 +20,11 @@ type outage struct {
 // ended.
 func (o *outage) updateLocked(now availability, turnedAway uint64) (began, ended bool, lasted time.Duration, missed uint64) {
 	switch on := !o.began.IsZero(); {
-	case now == noneAvailable && !on:
-		o.began, o.before = time.Now(), turnedAway
+	case now == noneAvailable && on && o.barred:
+		o.barred = false
+		return true, false, 0, 0
+	case (now == noneAvailable || now == allBarred) && !on:
+		o.began, o.before, o.barred = time.Now(), turnedAway, now == allBarred
 		return true, false, 0, 0
 	case now == someAvailable && on:
 		lasted = time.Since(o.began)
@@ -42,6 +46,9 @@ func (p *pool) reportOutage() {
 	defer o.mu.Unlock()
 	began, ended, lasted, missed := o.updateLocked(g.availability(), p.closed[reasonNoBackend].Load())
 	switch {
+	case began && o.barred:
+		g.logger.Info("no backend takes connections, as all are set to by hand or by their weight",
+			zap.String("lb", p.name), zap.Int("backends", len(g.members())))
 	case began:
 		g.logger.Warn("no backend is available, clients are turned away or wait",
 			zap.String("lb", p.name), zap.Int("backends", len(g.members())))
@@ -56,19 +63,29 @@ type availability int
 
 const (
 	noneAvailable  availability = iota
+	allBarred                   // by hand, or by their weights
 	untoldOfOthers              // none is that a check has found up, some have yet to be checked
 	someAvailable
 )
 
 func (g *generation) availability() availability {
 	a := noneAvailable
-	for _, m := range g.members() {
-		if b := m.Backend; b.Available() {
+	members := g.members()
+	barred := 0
+	for _, m := range members {
+		b := m.Backend
+		if b.barred.Load() {
+			barred++
+		}
+		if b.Available() {
 			if !g.checks.enabled || b.isChecked() {
 				return someAvailable
 			}
 			a = untoldOfOthers
 		}
+	}
+	if barred > 0 && barred == len(members) {
+		return allBarred
 	}
 	return a
 }

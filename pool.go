@@ -66,12 +66,13 @@ func (s *stats) totals() totals {
 // outlived theirs. Its mutex guards the structure: which pools, generations,
 // backends and checkers exist. It is taken before a backend's own mutex, never
 // after, and never while picking or relaying.
-var registry = &poolRegistry{pools: make(map[string]*pool), departed: newDepartedSeries()}
+var registry = &poolRegistry{pools: make(map[string]*pool), departed: newDepartedSeries(), hands: make(map[seriesKey]hand)}
 
 type poolRegistry struct {
 	mu       sync.Mutex
 	pools    map[string]*pool
 	departed departedSeries
+	hands    map[seriesKey]hand // those that say something
 }
 
 func (r *poolRegistry) poolLocked(name string) *pool {
@@ -92,9 +93,16 @@ func (r *poolRegistry) backendLocked(p *pool, t target) *Backend {
 		if b = r.departed.reviveBackend(p, t.String()); b == nil {
 			b = newBackend(p, t.String(), t)
 		}
-		p.backends[b.address] = b
+		r.takeInLocked(p, b)
 	}
 	return b
+}
+
+// takeInLocked makes b one of p's, as it was set by hand.
+func (r *poolRegistry) takeInLocked(p *pool, b *Backend) {
+	p.backends[b.address] = b
+	h := r.hands[seriesKey{p.name, b.address}]
+	b.hand.Store(&h)
 }
 
 // start makes g the newest generation of its pool.
@@ -106,29 +114,14 @@ func (r *poolRegistry) start(g *generation) {
 	if old := p.newest.Load(); old != nil {
 		prev = old.currentPicker()
 	}
-	var lines logLines
-	roster := make([]enrolled, 0, len(g.config))
-	for _, m := range g.config {
-		b := r.backendLocked(p, m.target)
-		b.mu.Lock()
-		b.users++
-		b.mu.Unlock()
-		if open := b.stopDraining(); open > 0 {
-			lines.add("backend is back in the config, its connections go on",
-				zap.String("lb", p.name), zap.String("backend", b.address), zap.Int("connections", open))
-		}
-		roster = append(roster, enrolled{m, b})
-	}
-	g.roster.Store(&roster)
 	g.pool = p
 	p.generations = append(p.generations, g)
+	t, _ := r.enrollLocked(p, g, g.config, time.Time{})
 	p.setNewestLocked(g)
+	r.settleLocked(p, &t)
 	g.inherit(prev)
-	revived := r.settleLocked(p)
 	r.mu.Unlock()
-	lines.write(g.logger)
-	announceUp(g, revived)
-	p.changed()
+	t.finish(p, g)
 }
 
 // stop ends g. Backends that no generation names any more are drained, for as
@@ -156,28 +149,21 @@ func (r *poolRegistry) stop(g *generation) {
 			exitsBy(until)
 		}
 	}
-	var lines logLines
-	for _, m := range g.members() {
-		b := m.Backend
-		if open := b.unuse(until); open > 0 && !caddy.Exiting() {
-			lines.add("backend left the config, draining its connections",
-				zap.String("lb", p.name), zap.String("backend", b.address),
-				zap.Int("connections", open), zap.Time("until", until))
-		}
-	}
-	revived := r.settleLocked(p)
-	for _, m := range g.members() {
-		r.dropIfUnusedLocked(m.Backend)
+	t, left := r.enrollLocked(p, g, nil, until)
+	r.settleLocked(p, &t)
+	for _, b := range left {
+		r.dropIfUnusedLocked(b)
 	}
 	ended, did := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
-	announceUp(newest, revived)
-	if newest == nil && !ended && !caddy.Exiting() {
-		lines.add("pool left the config, draining its connections",
+	switch {
+	case caddy.Exiting():
+		t.lines = nil
+	case newest == nil && !ended:
+		t.lines.add("pool left the config, draining its connections",
 			zap.String("lb", p.name), zap.Int64("connections", p.active.Load()), zap.Time("until", until))
 	}
-	lines.write(p.logger())
-	p.changed()
+	t.finish(p, newest)
 	if ended {
 		p.logEnd(did)
 	}
@@ -232,46 +218,6 @@ func (p *pool) logger() *zap.Logger {
 	return caddy.Log().Named("tcp_lb")
 }
 
-// announceUp logs that backends came up with a config.
-func announceUp(g *generation, backends []*Backend) {
-	for _, b := range backends {
-		b.logTurn(g, nil)
-	}
-}
-
-// settleLocked makes weights and checkers what the newest generation says. It
-// returns the backends that this brought up, to be announced.
-func (r *poolRegistry) settleLocked(p *pool) (revived []*Backend) {
-	g := p.newest.Load()
-	members := make(map[*Backend]int)
-	if g != nil {
-		for _, m := range g.members() {
-			members[m.Backend] = m.weight
-		}
-	}
-	for _, b := range p.backends {
-		weight, ok := members[b]
-		b.weight.Store(int64(weight))
-		switch {
-		case ok && g.checks.enabled:
-			b.checkLocked(g)
-		case ok: // no checks: nothing could bring a down backend up again
-			b.stopCheckingLocked()
-			if b.turnLocked(nil) {
-				revived = append(revived, b)
-			}
-		case !b.used():
-			b.stopCheckingLocked()
-		}
-	}
-	if len(revived) > 0 {
-		for _, g := range p.generations {
-			g.rebuild()
-		}
-	}
-	return revived
-}
-
 // adopt returns the backend that now stands for the address of b, which was
 // retired: another one, or b itself, brought back for the connections that an
 // ended config still hands over.
@@ -285,7 +231,7 @@ func (r *poolRegistry) adopt(b *Backend) *Backend {
 			back = b
 			back.unretire(p)
 		}
-		p.backends[b.address] = back
+		r.takeInLocked(p, back)
 	}
 	return p.backends[b.address]
 }
@@ -360,6 +306,11 @@ func (r *poolRegistry) newest(name string) *generation {
 	return nil
 }
 
+// sortedLocked returns the backends by address.
+func (p *pool) sortedLocked() []*Backend {
+	return slices.SortedFunc(maps.Values(p.backends), func(a, b *Backend) int { return strings.Compare(a.address, b.address) })
+}
+
 // poolView is a pool with its backends for a reader. configured are those of
 // the newest config, in its order; backends are all that are still counted,
 // by address.
@@ -394,8 +345,7 @@ func (r *poolRegistry) snapshotWithDeparted() ([]poolView, map[string]departedPo
 	r.departed.prune(time.Now())
 	views := make([]poolView, 0, len(r.pools))
 	for _, p := range r.pools {
-		v := poolView{pool: p, backends: slices.Collect(maps.Values(p.backends))}
-		slices.SortFunc(v.backends, func(a, b *Backend) int { return strings.Compare(a.address, b.address) })
+		v := poolView{pool: p, backends: p.sortedLocked()}
 		if g := p.newest.Load(); g != nil {
 			for _, m := range g.members() {
 				v.configured = append(v.configured, m.Backend)
