@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,8 +18,10 @@ type Backend struct {
 
 	// healthy is the checker's verdict, see setHealthy; a backend starts up.
 	healthy atomic.Bool
-	barred  atomic.Bool  // by hand, by its weight, or since it left a pool that goes on
-	load    atomic.Int64 // connections being dialed or open
+	barred  atomic.Bool // by hand, by its weight, or since it left a pool that goes on
+	// load counts the connections that picked the backend and have not ended, be
+	// they connecting or open; retired once the backend was dropped from its pool.
+	load atomic.Int64
 
 	hand      atomic.Pointer[hand] // see byHand
 	weight    atomic.Int64         // in the newest config; 0 also once no config names it
@@ -35,9 +38,7 @@ type Backend struct {
 	settled totals // what of stats is in some pool's gone; guarded by the registry
 
 	mu       sync.Mutex
-	users    int  // generations that name it
-	holds    int  // connections that picked it and have not ended
-	retired  bool // dropped from its pool: nothing counts it any more
+	users    int // generations that name it
 	sessions map[*session]struct{}
 	drain    *time.Timer // runs once no config names it
 	drainEnd time.Time   // when that is
@@ -85,28 +86,15 @@ func newBackend(p *pool, address string, t target) *Backend {
 func (b *Backend) Address() string { return b.address }
 
 // Load returns how many connections are open to the backend or being opened.
-func (b *Backend) Load() int64 { return b.load.Load() }
+func (b *Backend) Load() int64 { return max(0, b.load.Load()) }
 
 // Available reports whether new connections may go to the backend. It is the
 // one place where the verdict of the health checks, the state that was set by
-// hand and the weight become an answer; a change is counted in verdicts.
+// hand and the weight become an answer. Every pick asks it.
 func (b *Backend) Available() bool { return b.healthy.Load() && !b.barred.Load() }
 
-// verdicts counts the changes of any backend's availability. Every pick reads it.
-var verdicts struct {
-	_     [64]byte // it has a cache line of its own
-	count atomic.Uint64
-	_     [64]byte
-}
-
 // setHealthy sets the verdict, and reports whether it is another one.
-func (b *Backend) setHealthy(up bool) (changed bool) {
-	if b.healthy.Swap(up) == up {
-		return false
-	}
-	verdicts.count.Add(1)
-	return true
-}
+func (b *Backend) setHealthy(up bool) (changed bool) { return b.healthy.Swap(up) != up }
 
 // connections returns the number of opened and of open connections, so that opened
 // less active is what has been closed, by reason, in closed. Reading closed
@@ -128,30 +116,31 @@ func (s *stats) dialErrors() (total uint64) {
 	return total
 }
 
-// hold keeps the backend from being retired until the release that it returns
-// is called, once. Where the backend was retired already, since a config went
-// between pick and hold, the one that now stands for its address is held.
-func (b *Backend) hold() (held *Backend, release func()) {
+// retired is a load below any count.
+const retired = math.MinInt64
+
+// take counts one connection more, and keeps the backend from being retired until
+// that is released. It reports false if the backend is retired already.
+func (b *Backend) take() bool {
 	for {
-		b.mu.Lock()
-		if !b.retired {
-			b.holds++
-			b.mu.Unlock()
-			b.load.Add(1)
-			return b, b.release
+		n := b.load.Load()
+		if n < 0 {
+			return false
 		}
-		b.mu.Unlock()
-		b = registry.adopt(b)
+		if b.load.CompareAndSwap(n, n+1) {
+			return true
+		}
 	}
 }
 
+// release takes back a take.
 func (b *Backend) release() {
-	b.load.Add(-1)
-	b.mu.Lock()
-	b.holds--
-	last := b.holds == 0 && b.users == 0
-	b.mu.Unlock()
-	if last {
+	p := b.pool // before the last one is gone, and with it perhaps the pool
+	last := b.load.Add(-1) == 0
+	if g := p.newest.Load(); g != nil {
+		g.loadChanged(b)
+	}
+	if last && !b.used() {
 		registry.retire(b)
 	}
 }

@@ -49,7 +49,7 @@ func TestHandState(t *testing.T) {
 func pickCounts(g *generation, n int) map[string]int {
 	got := make(map[string]int)
 	for range n {
-		if b := g.pick(nil, nil); b != nil {
+		if b := choice(g); b != nil {
 			got[b.address]++
 		}
 	}
@@ -392,10 +392,8 @@ func TestHandOverManyBackends(t *testing.T) {
 		checksOff(h)
 	})
 	g.start()
-	before := verdicts.count.Load()
 	changed := setState(t, t.Name(), "", stateDrain)
 	require.Len(t, changed, 10_000)
-	require.EqualValues(t, before+10_000, verdicts.count.Load())
 	require.Empty(t, pickCounts(g, 10))
 	require.True(t, slices.IsSortedFunc(changed, func(a, b *Backend) int { return strings.Compare(a.address, b.address) }))
 	setState(t, t.Name(), "", stateReady)
@@ -412,7 +410,7 @@ func TestHandDuringTheEnd(t *testing.T) {
 	})
 	g.start()
 	b := g.members()[0].Backend
-	_, release := b.hold()
+	require.True(t, b.take())
 	g.stop()
 	drain := func() (end time.Time, runs, cut bool) {
 		b.mu.Lock()
@@ -427,6 +425,6 @@ func TestHandDuringTheEnd(t *testing.T) {
 		require.Equal(t, end, now, s.String())
 		require.True(t, runs && !cut, s.String())
 	}
-	release()
+	b.release()
 	require.Empty(t, registry.snapshot())
 }

@@ -33,9 +33,9 @@ type link struct {
 // search is one client's way to a backend. Each step is in the client's own
 // goroutine, but for a look at the client while a connect takes long.
 type search struct {
-	pool   *pool
-	client net.Addr
-	began  time.Time
+	pool    *pool
+	request Request
+	began   time.Time
 	link
 
 	waiter waiter
@@ -96,47 +96,45 @@ func (s *search) wait(g *generation, changes uint64, d time.Duration) {
 
 // round tries each backend at most once.
 func (s *search) round(g *generation) error {
-	var (
-		tried []*Backend
-		errs  = []error{errNoBackend}
-	)
+	var errs []error
+	r := &s.request
+	r.tried = r.room[:0]
 	for range 1 + g.retries {
 		if s.pool.abandoned() {
 			return errAbandoned
 		}
-		b := g.pick(s.client, tried)
+		b := g.pick(r)
 		if b == nil {
 			break
 		}
-		if len(tried) > 0 {
-			tried[len(tried)-1].stats.retries.Add(1)
+		if n := len(r.tried); n > 0 {
+			r.tried[n-1].stats.retries.Add(1)
 		}
-		tried = append(tried, b)
+		r.tried = append(r.tried, b)
 		s.attempts++
-		held, release := b.hold()
-		conn, took, err := s.dial(g, held)
-		if err == nil && held.serves() {
-			s.backend, s.conn, s.release, s.took = held, conn, release, took
-			held.stats.dialTime.observe(took)
+		conn, took, err := s.dial(g, b)
+		if err == nil && b.serves() {
+			s.backend, s.conn, s.release, s.took = b, conn, b.release, took
+			b.stats.dialTime.observe(took)
 			return nil
 		}
 		if err == nil {
 			_ = conn.Close()
-			release()
+			b.release()
 			s.attempts-- // it did not fail
 			if registry.newest(g.name) != nil {
 				return errMoved
 			}
 			continue
 		}
-		release()
+		b.release()
 		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {
 			return err
 		}
-		s.noteFailure(g, held, err)
-		errs = append(errs, fmt.Errorf("dialing backend %q: %w", held.address, err))
+		s.noteFailure(g, b, err)
+		errs = append(errs, fmt.Errorf("dialing backend %q: %w", b.address, err))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append([]error{errNoBackend}, errs...)...)
 }
 
 // watchAfter is how long a connect may take before it is worth a look whether
@@ -206,7 +204,7 @@ func (b *Backend) noteFailure(err error) {
 // noteFailure keeps a failed connect for the access log.
 func (s *search) noteFailure(g *generation, b *Backend, err error) {
 	if c := g.logger.Check(zap.DebugLevel, "connect failed"); c != nil {
-		c.Write(zap.String("lb", g.name), zap.Stringer("client", s.client), zap.String("backend", b.address),
+		c.Write(zap.String("lb", g.name), zap.Stringer("client", s.request.client), zap.String("backend", b.address),
 			zap.Int("attempt", s.attempts), errorField(err))
 	}
 	if len(s.failed) == maxFailedConnects {

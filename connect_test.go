@@ -17,7 +17,7 @@ import (
 func connect(g *generation) (link, error) {
 	g.pool.active.Add(1)
 	defer g.pool.leave()
-	s := search{pool: g.pool, client: &net.TCPAddr{}, began: time.Now()}
+	s := search{pool: g.pool, request: Request{client: &net.TCPAddr{}}, began: time.Now()}
 	_, err := s.find(g)
 	return s.link, err
 }

@@ -68,8 +68,9 @@ func (d *departedSeries) reviveBackend(p *pool, address string) *Backend {
 func (b *Backend) unretire(p *pool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.pool, b.retired = p, false
+	b.pool = p
 	b.drain, b.cutAt, b.drained = nil, false, drained{}
+	b.load.Store(0)
 }
 
 // revivePool returns the pool of the name; nil if there is none.

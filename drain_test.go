@@ -48,7 +48,7 @@ func TestDrainBeginsInOneStep(t *testing.T) {
 	g := run()
 	g.start()
 	b := g.members()[0].Backend
-	_, release := b.hold()
+	require.True(t, b.take())
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for range 2 {
@@ -74,7 +74,7 @@ func TestDrainBeginsInOneStep(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	require.True(t, isClosed(g.started), "never cut, and an hour to go")
-	release()
+	b.release()
 	g.stop()
 }
 

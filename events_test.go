@@ -188,7 +188,7 @@ func TestProbeEndsAsChecksAreTurnedOff(t *testing.T) {
 		synctest.Wait()
 		require.Same(t, next, next.pool.newest.Load(), "it happened")
 		require.True(t, next.members()[0].Backend.Available())
-		require.NotNil(t, next.pick(nil, nil))
+		require.NotNil(t, choice(next))
 		require.Zero(t, next.members()[0].Backend.stats.turnedDown.Load())
 		require.Zero(t, logs.FilterMessage("backend is down").Len())
 		next.stop()

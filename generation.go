@@ -1,7 +1,6 @@
 package tcplb
 
 import (
-	"net"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -46,7 +45,7 @@ type generation struct {
 	pool   *pool                      // set by the registry when the generation starts
 	roster atomic.Pointer[[]enrolled] // see members
 
-	picker   atomic.Pointer[Picker]
+	picker   atomic.Pointer[selection]
 	buildMu  sync.Mutex  // held while building
 	outdated atomic.Bool // availability changed since the last build began
 }
@@ -64,6 +63,12 @@ type member struct {
 type enrolled struct {
 	member
 	Backend *Backend
+}
+
+// selection is a picker, and what it wants to be told.
+type selection struct {
+	picker   Picker
+	observer LoadObserver // nil: nothing
 }
 
 // members returns those of the generation at this moment, the config's first and
@@ -140,17 +145,38 @@ func isClosed(c <-chan struct{}) bool {
 }
 
 func (g *generation) currentPicker() Picker {
-	if p := g.picker.Load(); p != nil {
-		return *p
+	if s := g.picker.Load(); s != nil {
+		return s.picker
 	}
 	return nil
 }
 
-func (g *generation) pick(client net.Addr, tried []*Backend) *Backend {
-	if p := g.currentPicker(); p != nil {
-		return p.Pick(client, tried)
+// pick takes a backend for the connection; nil if none can be had.
+func (g *generation) pick(r *Request) *Backend {
+	s := g.picker.Load()
+	if s == nil || s.picker == nil {
+		return nil
 	}
-	return nil
+	b := r.pickBy(s.picker)
+	if newest := g.pool.newest.Load(); b != nil && newest != g && newest != nil {
+		newest.loadChanged(b)
+	}
+	return b
+}
+
+// loadChanged tells the picker.
+func (g *generation) loadChanged(b *Backend) {
+	s := g.picker.Load()
+	if s == nil || s.observer == nil {
+		return
+	}
+	defer func() {
+		if v := recover(); v != nil {
+			g.logger.Error("panic in the selection policy, which was told of a backend's load",
+				zap.String("lb", g.name), zap.Any("panic", v), zap.ByteString("stack", debug.Stack()))
+		}
+	}()
+	s.observer.LoadChanged(b)
 }
 
 // inherit makes the first picker, with the position of the generation before.
@@ -197,8 +223,9 @@ func (g *generation) buildLocked(prev Picker) {
 			available = append(available, Candidate{Backend: m.Backend, Weight: weight})
 		}
 	}
-	p := g.newPicker(available, prev)
-	g.picker.Store(&p)
+	s := selection{picker: g.newPicker(available, prev)}
+	s.observer, _ = s.picker.(LoadObserver)
+	g.picker.Store(&s)
 }
 
 // newPicker asks the policy, which may be anybody's module. Where that panics,

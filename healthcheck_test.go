@@ -220,7 +220,7 @@ func TestChecksFindDownAndUp(t *testing.T) {
 		require.False(t, b.Available(), "down after one interval and one fast interval")
 		require.Equal(t, "refused", *b.lastError.Load())
 		for range 4 {
-			require.Same(t, g.members()[1].Backend, g.pick(nil, nil))
+			require.Same(t, g.members()[1].Backend, choice(g))
 		}
 
 		f.fail(one, nil)
@@ -432,7 +432,7 @@ func TestReloadKeepsVerdictAndChecker(t *testing.T) {
 		old.stop()
 		require.Same(t, old.members()[0].Backend, next.members()[0].Backend)
 		require.False(t, next.members()[0].Backend.Available(), "the verdict survives")
-		require.Same(t, next.members()[1].Backend, next.pick(nil, nil))
+		require.Same(t, next.members()[1].Backend, choice(next))
 		synctest.Wait()
 		require.Len(t, f.times(one), probes, "a reload probes nothing by itself")
 		time.Sleep(20 * time.Second)

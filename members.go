@@ -130,11 +130,7 @@ func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed b
 		b.effective.Store(int64(weight))
 	}
 	barred := h.state != stateReady || weight == 0 || g != nil && !named && !b.used()
-	if b.barred.Swap(barred) == barred {
-		return false
-	}
-	verdicts.count.Add(1)
-	return true
+	return b.barred.Swap(barred) != barred
 }
 
 // finish makes the pickers what the change needs, and tells of it as g's. The

@@ -392,7 +392,7 @@ func (panickingPolicy) NewPicker([]Candidate, Picker) Picker { return panickingP
 
 type panickingPicker struct{}
 
-func (panickingPicker) Pick(net.Addr, []*Backend) *Backend { panic("out of luck") }
+func (panickingPicker) Pick(*Request) *Backend { panic("out of luck") }
 
 func closeConn(c net.Conn) {
 	if c != nil {

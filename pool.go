@@ -270,10 +270,9 @@ func (p *pool) leave() {
 func (r *poolRegistry) dropIfUnusedLocked(b *Backend) (was drained, dropped bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.users > 0 || b.holds > 0 || b.retired {
+	if b.users > 0 || !b.load.CompareAndSwap(0, retired) {
 		return drained{}, false
 	}
-	b.retired = true
 	if b.drain != nil {
 		b.drain.Stop()
 	}

@@ -3,7 +3,6 @@ package tcplb
 import (
 	"cmp"
 	"math"
-	"net"
 	"slices"
 	"sync/atomic"
 
@@ -13,30 +12,6 @@ import (
 
 func init() {
 	caddy.RegisterModule(RoundRobin{})
-}
-
-// SelectionPolicy decides which backend a connection goes to. Policies are
-// guest modules in the namespace layer4.tcp_lb.selection_policies.
-type SelectionPolicy interface {
-	// NewPicker returns a picker over the available backends, in the order of
-	// the config. prev is the picker that it takes over from, nil for the first;
-	// another policy's may be passed after a reload. NewPicker is called again
-	// whenever a backend's availability or weight changes.
-	NewPicker(available []Candidate, prev Picker) Picker
-}
-
-// Picker picks backends out of a fixed set. It is used from many goroutines at
-// once.
-type Picker interface {
-	// Pick returns an available backend for the client that is not among tried,
-	// or nil if there is none. tried is empty but for a retry.
-	Pick(client net.Addr, tried []*Backend) *Backend
-}
-
-// Candidate is a backend with its weight in one config.
-type Candidate struct {
-	Backend *Backend
-	Weight  int // 1–256
 }
 
 // RoundRobin picks backends in turn, each as often as its weight says and as
@@ -70,7 +45,6 @@ func (RoundRobin) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 func (RoundRobin) NewPicker(available []Candidate, prev Picker) Picker {
 	old, _ := prev.(*rotation)
 	if old != nil && slices.Equal(old.candidates, available) {
-		old.confirm()
 		return old
 	}
 	weights := make([]int, len(available))
@@ -81,7 +55,6 @@ func (RoundRobin) NewPicker(available []Candidate, prev Picker) Picker {
 	if old != nil {
 		r.cursor.Store(r.positionAfter(old))
 	}
-	r.confirm()
 	return r
 }
 
@@ -89,56 +62,28 @@ func (RoundRobin) NewPicker(available []Candidate, prev Picker) Picker {
 type rotation struct {
 	candidates []Candidate
 	order      []uint32 // indices into candidates; one period of the rotation
-	confirmed  atomic.Uint64
 
 	_      [64]byte // the cursor changes with every pick: keep it off the fields' cache line
 	cursor atomic.Uint64
 	_      [64]byte
 }
 
-// Pick implements Picker in O(1), without a lock or an allocation.
-func (r *rotation) Pick(_ net.Addr, tried []*Backend) *Backend {
-	if len(r.order) == 0 {
-		return nil
-	}
-	i := (r.cursor.Add(1) - 1) % uint64(len(r.order))
-	c := r.order[i]
-	if b := r.candidates[c].Backend; len(tried) == 0 && (r.isConfirmed() || b.Available()) {
-		return b
-	}
-	return r.pickFrom(i, tried)
-}
-
-// confirm finds all candidates available. Until a verdict changes, in this pool
-// or another, they stay so, and a pick need not look at its backend: among
-// thousands, that is in no near cache.
-func (r *rotation) confirm() {
-	now := verdicts.count.Load() + 1 // not 0
-	for _, c := range r.candidates {
-		if !c.Backend.Available() {
-			now = 0
-		}
-	}
-	r.confirmed.Store(now)
-}
-
-func (r *rotation) isConfirmed() bool { return r.confirmed.Load() == verdicts.count.Load()+1 }
-
-// pickFrom finds the next untried backend at or after position i. It serves
-// retries, and the moments between a verdict and the new schedule.
-func (r *rotation) pickFrom(i uint64, tried []*Backend) *Backend {
-	usable := func(b *Backend) bool { return b.Available() && !slices.Contains(tried, b) }
-	// A short walk keeps the rotation's shares; a heavy backend can fill any
-	// stretch of it, so then each candidate gets one look.
+// Pick implements Picker, without a lock or an allocation. It is O(1) where few
+// backends have to be passed over. A backend that is passed over loses its turn,
+// so that the others keep their shares of the rest.
+func (r *rotation) Pick(q *Request) *Backend {
 	n := uint64(len(r.order))
-	for step := range min(n, 64) {
-		if b := r.candidates[r.order[(i+step)%n]].Backend; usable(b) {
+	for range min(n, 64) {
+		i := (r.cursor.Add(1) - 1) % n
+		if b := r.candidates[r.order[i]].Backend; q.Take(b) {
 			return b
 		}
 	}
-	first := int(r.order[i])
+	// A heavy backend can fill any stretch of the order, so then each candidate
+	// gets one look.
+	first := int(r.cursor.Load() % uint64(max(1, len(r.candidates))))
 	for step := range r.candidates {
-		if b := r.candidates[(first+step)%len(r.candidates)].Backend; usable(b) {
+		if b := r.candidates[(first+step)%len(r.candidates)].Backend; q.Take(b) {
 			return b
 		}
 	}

@@ -83,11 +83,26 @@ func testCandidates(weights ...int) []Candidate {
 	return list
 }
 
+// pickOf picks for a connection that has tried some already, and keeps what it
+// took.
+func pickOf(p Picker, tried ...*Backend) *Backend {
+	r := Request{tried: tried}
+	return r.pickBy(p)
+}
+
+// choice returns which backend a connection would have.
+func choice(g *generation) *Backend {
+	var r Request
+	b := g.pick(&r)
+	r.giveBack()
+	return b
+}
+
 // picks returns n picks as letters.
 func picks(p Picker, candidates []Candidate, n int) string {
 	var b strings.Builder
 	for range n {
-		picked := p.Pick(nil, nil)
+		picked := pickOf(p)
 		for i, c := range candidates {
 			if c.Backend == picked {
 				b.WriteByte(byte('a' + i))
@@ -107,7 +122,7 @@ func TestPickExactSharesConcurrently(t *testing.T) {
 		counts[i] = make(map[*Backend]int)
 		wg.Go(func() {
 			for range each {
-				counts[i][p.Pick(nil, nil)]++
+				counts[i][pickOf(p)]++
 			}
 		})
 	}
@@ -131,42 +146,33 @@ func TestPickSkipsDownAndTried(t *testing.T) {
 	p := RoundRobin{}.NewPicker(c, nil)
 	b.setHealthy(false)
 	for range 6 {
-		require.NotSame(t, b, p.Pick(nil, nil), "a backend that just went down")
+		require.NotSame(t, b, pickOf(p), "a backend that just went down")
 	}
-	require.Same(t, d, p.Pick(nil, []*Backend{a}))
-	require.Nil(t, p.Pick(nil, []*Backend{a, d}), "all are down or tried")
+	require.Same(t, d, pickOf(p, a))
+	require.Nil(t, pickOf(p, a, d), "all are down or tried")
 }
 
-// A schedule need not look at its backends while no verdict changes, unless it
-// was made of one that was down already.
-func TestPickKnowsWhenAllAreAvailable(t *testing.T) {
-	c := testCandidates(1, 1)
-	p := RoundRobin{}.NewPicker(c, nil).(*rotation)
-	require.True(t, p.isConfirmed())
-	testCandidates(1)[0].Backend.setHealthy(false)
-	require.False(t, p.isConfirmed(), "might have been one of its own")
-	require.Same(t, p, RoundRobin{}.NewPicker(c, p))
-	require.True(t, p.isConfirmed(), "was not")
-
-	down := c[0].Backend
-	down.setHealthy(false)
-	p = RoundRobin{}.NewPicker(c, nil).(*rotation)
-	require.False(t, p.isConfirmed())
-	require.Same(t, c[1].Backend, p.Pick(nil, nil))
-	down.setHealthy(true)
-	require.Equal(t, "baba", picks(p, c, 4))
+// A backend that is passed over loses its turn: the one behind it does not get
+// twice as many.
+func TestPassedOverBackendsShareIsSpread(t *testing.T) {
+	c := testCandidates(1, 1, 1)
+	p := RoundRobin{}.NewPicker(c, nil)
+	c[1].Backend.setHealthy(false)
+	require.Equal(t, "acacac", picks(p, c, 6))
+	c[1].Backend.setHealthy(true)
+	require.Equal(t, "abc", picks(p, c, 3))
 }
 
 func TestPickFindsTheLightestBehindTheHeaviest(t *testing.T) {
 	c := testCandidates(256, 1)
 	p := RoundRobin{}.NewPicker(c, nil)
 	for range 300 {
-		require.Same(t, c[1].Backend, p.Pick(nil, []*Backend{c[0].Backend}))
+		require.Same(t, c[1].Backend, pickOf(p, c[0].Backend))
 	}
 }
 
 func TestPickOfNothing(t *testing.T) {
-	require.Nil(t, RoundRobin{}.NewPicker(nil, nil).Pick(nil, nil))
+	require.Nil(t, pickOf(RoundRobin{}.NewPicker(nil, nil)))
 }
 
 func TestRotationGoesOn(t *testing.T) {
@@ -191,7 +197,7 @@ func TestRotationGoesOn(t *testing.T) {
 	})
 	t.Run("after none was available", func(t *testing.T) {
 		p := next(nil, next(c, nil))
-		require.Nil(t, p.Pick(nil, nil))
+		require.Nil(t, pickOf(p))
 		require.Len(t, picks(next(c, p), c, 3), 3)
 	})
 	t.Run("other weights", func(t *testing.T) {
@@ -205,7 +211,8 @@ func TestRotationGoesOn(t *testing.T) {
 
 func TestPickDoesNotAllocate(t *testing.T) {
 	p := RoundRobin{}.NewPicker(testCandidates(3, 2, 1), nil)
-	require.Zero(t, testing.AllocsPerRun(1000, func() { p.Pick(nil, nil) }))
+	var r Request
+	require.Zero(t, testing.AllocsPerRun(1000, func() { r.pickBy(p) }))
 }
 
 func BenchmarkPick(b *testing.B) {
@@ -217,15 +224,17 @@ func BenchmarkPick(b *testing.B) {
 		p := RoundRobin{}.NewPicker(testCandidates(weights...), nil)
 		b.Run(fmt.Sprintf("backends=%d", n), func(b *testing.B) {
 			b.ReportAllocs()
+			var r Request
 			for b.Loop() {
-				p.Pick(nil, nil)
+				r.pickBy(p)
 			}
 		})
 		b.Run(fmt.Sprintf("backends=%d/parallel", n), func(b *testing.B) {
 			b.ReportAllocs()
 			b.RunParallel(func(pb *testing.PB) {
+				var r Request
 				for pb.Next() {
-					p.Pick(nil, nil)
+					r.pickBy(p)
 				}
 			})
 		})

@@ -62,7 +62,7 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 	}
 	client := clientConn(cx)
 	s.from = cx.RemoteAddr()
-	find := search{pool: s.pool, client: s.from, began: s.began}
+	find := search{pool: s.pool, request: Request{client: s.from, cx: cx}, began: s.began}
 	find.waiter.client, find.waiter.silent = cx, client != cx && len(cx.MatchingBytes()) == 0
 	g, s.err = find.find(g)
 	s.link = find.link
