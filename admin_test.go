@@ -174,7 +174,7 @@ func TestWeightThroughTheConfigAPI(t *testing.T) {
 			}
 			status, body := request(t, http.MethodPost, path+"/weight", "300")
 			require.GreaterOrEqual(t, status, 400)
-			require.Contains(t, body, "weight 300: want a number from 1 to 256")
+			require.Contains(t, body, "weight 300: want a number from 0 to 256")
 			require.EqualValues(t, 2, backendStatuses(t)[a.address].Weight)
 			// A whole backend is replaced by PATCH, and added and taken out.
 			status, body = request(t, http.MethodPatch, path, fmt.Sprintf(`{"address":%q,"weight":5}`, a.address))
