@@ -195,7 +195,7 @@ func TestCaddyfileRefuses(t *testing.T) {
 		{"a space in the host", good, []string{`backend "b c:80"`}, 1, []string{"backend", `"b c:80"`, "invalid host"}},
 		{"empty address", `""`, nil, 0, []string{"backend", `""`}},
 
-		{"unknown policy", good, []string{"lb_policy least_conn"}, 1, []string{"lb_policy", "least_conn"}},
+		{"unknown policy", good, []string{"lb_policy fastest"}, 1, []string{"lb_policy", "fastest"}},
 		{"policy with arguments", good, []string{"lb_policy round_robin 2"}, 1, []string{"lb_policy round_robin", `"2"`}},
 		{"policy with a block", good, []string{"lb_policy round_robin {", "\tx", "}"}, 2, []string{"lb_policy round_robin", "block", `"x"`}},
 

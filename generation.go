@@ -226,6 +226,11 @@ func (g *generation) buildLocked(prev Picker) {
 	s := selection{picker: g.newPicker(available, prev)}
 	s.observer, _ = s.picker.(LoadObserver)
 	g.picker.Store(&s)
+	if s.observer != nil { // it was made from loads that may have changed since
+		for _, c := range available {
+			g.loadChanged(c.Backend)
+		}
+	}
 }
 
 // newPicker asks the policy, which may be anybody's module. Where that panics,

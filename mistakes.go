@@ -175,7 +175,9 @@ const policyNamespace = "layer4.tcp_lb.selection_policies"
 
 var meantPolicies = map[string]string{
 	"rr": "round_robin", "wrr": "round_robin", "static_rr": "round_robin", "weighted": "round_robin", "weighted_round_robin": "round_robin", "default": "round_robin",
-	"leastconn": "least_conn", "least_connections": "least_conn", "lc": "least_conn", "source": "ip_hash", "hash": "ip_hash",
+	"leastconn": "least_conn", "least_connections": "least_conn", "least_request": "least_conn", "least_time": "least_conn", "lc": "least_conn", "wlc": "least_conn",
+	"p2c": "random_choose", "two": "random_choose", "random_two": "random_choose", "power_of_two": "random_choose",
+	"source": "ip_hash", "hash": "ip_hash", "iphash": "ip_hash", "client_ip_hash": "ip_hash", "maglev": "ip_hash", "consistent": "ip_hash", "sticky": "ip_hash",
 }
 
 // checkPolicyName refuses a policy that nothing provides.

@@ -49,7 +49,14 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"sticky":                  `unknown option "sticky" (there are access_log, `,
 
 		// Values.
-		"lb_policy least_conn":               `unknown policy "least_conn" (there are round_robin, `,
+		"lb_policy fastest":                  `unknown policy "fastest" (there are `,
+		"lb_policy leastconn":                "did you mean least_conn?",
+		"lb_policy source":                   "did you mean ip_hash?",
+		"lb_policy two":                      "did you mean random_choose?",
+		"lb_policy random_choose 1":          "random_choose 1: want a number from 2 to 100",
+		"lb_policy random_choose two":        "random_choose two: want a number from 2 to 100",
+		"lb_policy random_choose 2 3":        "random_choose 2: one value is enough, found \"3\"",
+		"lb_policy ip_hash 64":               "takes no arguments, found \"64\"",
 		"lb_policy rr":                       "did you mean round_robin?",
 		"lb_policy round-robin":              "did you mean round_robin?",
 		"lb_policy roundrobin":               "did you mean round_robin?",

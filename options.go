@@ -52,7 +52,7 @@ func init() {
 			kind[Handler]{read: (*parser).backend, check: checkBackends}},
 
 		{spec{name: "lb_policy", values: "<policy> [...]", path: "load_balancing.selection_policy", unset: "`round_robin`",
-			help: "smooth and weighted; the only one so far"},
+			help: "who gets a connection: `round_robin`, `least_conn`, `random`, `random_choose`, `first` or `ip_hash`, all by weight but `first`; see [Policies](docs/policies.md)"},
 			asModule(defaultPolicy, func(h *Handler) *json.RawMessage { return &h.loadBalancing().SelectionPolicyRaw }).readBy((*parser).policy)},
 		{spec{name: "lb_retries", values: "<number>", path: "load_balancing.retries", unset: "3, or as many as there are", zero: "none",
 			help: "further backends to try when a connect fails"},

@@ -42,8 +42,9 @@ type Picker interface {
 type LoadObserver interface {
 	// LoadChanged says that b.Load may have become another by something else than
 	// a Take of this picker's: a connection ended, or one that an older config
-	// accepted was connected. b need not be among the picker's backends. Like
-	// Pick it is called from many goroutines at once, and must not block.
+	// accepted was connected. b need not be among the picker's backends. It is
+	// called for each of them once the picker is in use. Like Pick it is called from
+	// many goroutines at once, and must not block.
 	LoadChanged(b *Backend)
 }
 

@@ -29,16 +29,7 @@ func (RoundRobin) CaddyModule() caddy.ModuleInfo {
 }
 
 // UnmarshalCaddyfile reads the policy's name; it has no options.
-func (RoundRobin) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
-	d.Next() // policy name
-	if d.NextArg() {
-		return d.Errf("takes no arguments, found %q", d.Val())
-	}
-	if d.NextBlock(d.Nesting()) {
-		return d.Errf("takes no block, found %q", d.Val())
-	}
-	return nil
-}
+func (RoundRobin) UnmarshalCaddyfile(d *caddyfile.Dispenser) error { return onlyName(d) }
 
 // NewPicker implements SelectionPolicy. An unchanged set keeps its position in
 // the rotation; a changed one goes on with the backend that was next.

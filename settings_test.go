@@ -184,7 +184,7 @@ func TestJSONRefuses(t *testing.T) {
 		{"try_duration", balancing(`"try_duration":"-1s"`), []string{"load_balancing.try_duration -1s"}},
 		{"try_interval", balancing(`"try_interval":"-1s"`), []string{"load_balancing.try_interval -1s"}},
 		{"short try_interval", balancing(`"try_interval":5`), []string{"load_balancing.try_interval 5ns"}},
-		{"unknown policy", balancing(`"selection_policy":{"policy":"least_conn"}`), []string{"selection policy", "least_conn"}},
+		{"unknown policy", balancing(`"selection_policy":{"policy":"fastest"}`), []string{"selection policy", "fastest"}},
 		{"policy without a name", balancing(`"selection_policy":{}`), []string{"selection policy"}},
 		{"policy null", balancing(`"selection_policy":null`), []string{"selection policy"}},
 
