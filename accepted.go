@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
@@ -64,9 +65,9 @@ func (c *acceptedConn) claim(stop <-chan struct{}, waits func()) {
 func (c *acceptedConn) tryClaim() bool {
 	handed := admitting.Load() > 0 // pairs go to those
 	switch {
-	case !handed && files.acquireGently(filesPerConnection):
+	case !handed && files.Process.AcquireGently(files.PerConnection):
 		c.holds.Store(holdsPair)
-	case files.acquireOverflow():
+	case files.Process.AcquireOverflow():
 		c.holds.Store(holdsOverflow)
 	default:
 		held := evictLongest(func(holds int32) bool { return holds == holdsOverflow || holds == holdsPair && !handed })
@@ -80,15 +81,15 @@ func (c *acceptedConn) tryClaim() bool {
 // coming to a tcp_lb handler. Guests may have half of all files together, and
 // don't wait. It reports false if there are none left.
 func (c *acceptedConn) claimAsGuest(n int64) bool {
-	if !files.acquireForGuest(n) {
+	if !files.Process.AcquireForGuest(n) {
 		return false
 	}
-	if !files.acquireGently(n) {
+	if !files.Process.AcquireGently(n) {
 		if evictLongest(func(holds int32) bool { return holds == holdsPair }) != holdsPair {
-			files.releaseOfGuest(n)
+			files.Process.ReleaseOfGuest(n)
 			return false
 		}
-		files.release(filesPerConnection - n)
+		files.Process.Release(files.PerConnection - n)
 	}
 	c.guest.Store(int32(n))
 	c.holds.Store(holdsPair)
@@ -145,21 +146,21 @@ func (c *acceptedConn) admit() bool {
 func (c *acceptedConn) tryAdmit() bool {
 	held := c.holds.Load()
 	if held != holdsPair {
-		missing := int64(filesPerConnection)
+		missing := int64(files.PerConnection)
 		if held == holdsOne {
 			missing--
 		}
-		if !files.acquireGently(missing) {
+		if !files.Process.AcquireGently(missing) {
 			if evictLongest(func(holds int32) bool { return holds == holdsPair }) != holdsPair {
 				return false
 			}
-			files.release(filesPerConnection - missing)
+			files.Process.Release(files.PerConnection - missing)
 		}
 		if c.holds.Swap(holdsPair) == holdsOverflow {
-			files.releaseOverflow()
+			files.Process.ReleaseOverflow()
 		}
 	}
-	files.releaseOfGuest(int64(c.guest.Swap(0)))
+	files.Process.ReleaseOfGuest(int64(c.guest.Swap(0)))
 	return true
 }
 
@@ -204,13 +205,13 @@ func (c *acceptedConn) reset() {
 func (c *acceptedConn) giveBack() {
 	switch c.holds.Swap(holdsNothing) {
 	case holdsPair:
-		files.release(filesPerConnection)
+		files.Process.Release(files.PerConnection)
 	case holdsOne:
-		files.release(1)
+		files.Process.Release(1)
 	case holdsOverflow:
-		files.releaseOverflow()
+		files.Process.ReleaseOverflow()
 	}
-	files.releaseOfGuest(int64(c.guest.Swap(0)))
+	files.Process.ReleaseOfGuest(int64(c.guest.Swap(0)))
 }
 
 // acceptedFrom returns the acceptedConn that conn is, or that is somewhere

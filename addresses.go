@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 )
 
 // fallbackDelay is the head start of the first address's family.
@@ -59,7 +61,7 @@ func connectAny(ctx context.Context, addrs []netip.Addr, port uint16, deadline t
 	endBeside := func() {
 		if beside {
 			beside = false
-			files.release(1)
+			files.Process.Release(1)
 		}
 	}
 	headStart := time.NewTimer(fallbackDelay)
@@ -71,7 +73,7 @@ func connectAny(ctx context.Context, addrs []netip.Addr, port uint16, deadline t
 		case <-headStart.C:
 			switch {
 			case started == len(families):
-			case files.acquireGently(1):
+			case files.Process.AcquireGently(1):
 				beside = true
 				start()
 			default:

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -170,8 +171,8 @@ func TestConnectAnyTakesAFileForTheSecondFamily(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				useAllFiles(t)
-				before := files.used.Load()
-				free := func() { files.release(1) }
+				before := files.Process.Used()
+				free := func() { files.Process.Release(1) }
 				if c.freed == 0 {
 					free()
 				} else {
@@ -188,17 +189,17 @@ func TestConnectAnyTakesAFileForTheSecondFamily(t *testing.T) {
 				}()
 				if c.held > 0 {
 					time.Sleep(c.held - ms)
-					require.Equal(t, before, files.used.Load(), "held")
+					require.Equal(t, before, files.Process.Used(), "held")
 					time.Sleep(2 * ms)
 				} else {
 					<-done
 				}
 				synctest.Wait()
 				if c.freed < time.Since(f.began) {
-					require.Equal(t, before-1, files.used.Load(), "given back")
-					files.used.Add(1) // useAllFiles gives it back
+					require.Equal(t, before-1, files.Process.Used(), "given back")
+					require.True(t, files.Process.Acquire(1)) // useAllFiles gives it back
 				} else {
-					require.Equal(t, before, files.used.Load())
+					require.Equal(t, before, files.Process.Used())
 				}
 				<-done
 				require.Equal(t, c.at, f.at)

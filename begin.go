@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"go.uber.org/zap"
 )
 
@@ -56,9 +57,9 @@ func (g *generation) logPool(message string) {
 // connections returns how many connections the generation serves at most.
 func (g *generation) connections() int64 {
 	if g.limit > 0 {
-		return min(g.limit, files.connections())
+		return min(g.limit, files.Process.Connections())
 	}
-	return files.connections()
+	return files.Process.Connections()
 }
 
 // checksText says what is checked, and how often.

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"testing"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"go.uber.org/goleak"
 )
 
@@ -32,8 +33,8 @@ func watchLeftovers(t testing.TB) {
 		var err error
 		eventually(t, func() bool { err = goleak.Find(goroutines...); return err == nil }, "no goroutine left: %v", lazily(func() any { return err }))
 		eventually(t, func() bool { return openFiles(t) <= filesBefore }, "%d sockets and pipes open again, now %v", filesBefore, lazily(func() any { return openFiles(t) }))
-		eventually(t, func() bool { return files.used.Load() == 0 }, "the file budget is free again")
-		eventually(t, func() bool { return files.overflow.Load() == 0 && files.guests.Load() == 0 }, "its shares, too")
+		eventually(t, func() bool { return files.Process.Used() == 0 }, "the file budget is free again")
+		eventually(t, func() bool { return files.Process.Overflow() == 0 && files.Process.Guests() == 0 }, "its shares, too")
 		eventually(t, func() bool { return onTheirWay() == 0 && waiting.pairs.Load() == 0 }, "no connection is on its way")
 	})
 }

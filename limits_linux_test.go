@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -116,7 +117,7 @@ func testFileLimit(t *testing.T, limit, clients int, network string, atATime int
 	all := gather(lb, clients, atATime)
 	defer all.leave()
 	require.Empty(t, all.failed)
-	want := int(newFileBudget(uint64(limit)).limit / filesPerConnection)
+	want := int(files.New(files.Divide(uint64(limit))).Connections())
 	require.Equal(t, want, len(all.served))
 	require.Equal(t, clients-want, all.refused)
 	require.EqualValues(t, clients-want, scrape(t, admin, `tcp_lb_connection_errors_total{backend="",error_type="max_connections",lb="web"}`))
@@ -146,16 +147,16 @@ func testFileLimit(t *testing.T, limit, clients int, network string, atATime int
 
 // Many connections at once take two files each while idle, and all answer.
 func TestManyConnections(t *testing.T) {
-	const files, connections = 20_000, 9_900
-	var limit unix.Rlimit
-	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	if limit.Max < files {
-		t.Skipf("needs a limit of %d open files, here it is %d", files, limit.Max)
+	const limit, connections = 20_000, 9_900
+	var here unix.Rlimit
+	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &here))
+	if here.Max < limit {
+		t.Skipf("needs a limit of %d open files, here it is %d", limit, here.Max)
 	}
 	admin, web, lb, backend := freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t)
-	startChildWithFiles(t, files, layer4Config(fmt.Sprintf(`"echo":{"listen":[%q],"routes":[{"handle":[{"handler":"echo"}]}]}`, backend)))
+	startChildWithFiles(t, limit, layer4Config(fmt.Sprintf(`"echo":{"listen":[%q],"routes":[{"handle":[{"handler":"echo"}]}]}`, backend)))
 	eventually(t, func() bool { return listens(backend) }, "the backend listens")
-	c := startChildWithFiles(t, files, adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web",`+backendsJSON(backend)+"}"))
+	c := startChildWithFiles(t, limit, adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web",`+backendsJSON(backend)+"}"))
 	eventually(t, func() bool { return listens(admin) && passedProbes(t, admin, backend) > 0 }, "listening")
 	before := c.openFiles(t)
 
@@ -164,7 +165,7 @@ func TestManyConnections(t *testing.T) {
 	require.Empty(t, all.failed)
 	require.Zero(t, all.refused)
 	require.EqualValues(t, connections, scrape(t, admin, "tcp_lb_connections_active"))
-	eventually(t, func() bool { return c.openFiles(t) <= before+filesPerConnection*connections }, "two files each: %v", lazily(func() any { return c.openFiles(t) - before }))
+	eventually(t, func() bool { return c.openFiles(t) <= before+files.PerConnection*connections }, "two files each: %v", lazily(func() any { return c.openFiles(t) - before }))
 	for _, conn := range all.served {
 		require.NoError(t, conn.SetDeadline(time.Now().Add(hangTimeout)))
 		write(t, conn, "y")

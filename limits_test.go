@@ -2,31 +2,11 @@ package tcplb
 
 import (
 	"fmt"
-	"math"
 	"testing"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/require"
 )
-
-func TestFileBudget(t *testing.T) {
-	for _, c := range []struct {
-		limit                   uint64
-		files, probes, overflow int64
-	}{
-		{0, math.MaxInt32, 64, 64},
-		{math.MaxUint64, math.MaxInt32, 64, 64}, // RLIM_INFINITY
-		{16, 10, 2, 2},
-		{256, 160, 32, 32},
-		{1024, 832, 64, 64},
-		{20_000, 19_808, 64, 64},
-		{1 << 20, 1<<20 - 192, 64, 64},
-	} {
-		f := newFileBudget(c.limit)
-		require.Equal(t, c.files, f.limit, "%d", c.limit)
-		require.EqualValues(t, c.probes, f.probes, "%d", c.limit)
-		require.Equal(t, c.overflow, f.overflowLimit, "%d", c.limit)
-	}
-}
 
 // The bound that follows from the limit of files is one for all pools, and each
 // counts what it had to refuse.
@@ -41,9 +21,9 @@ func TestLimitIsOneForAllPools(t *testing.T) {
 					name, network+listen, name, backendsJSON(s.address))
 			}
 			runCaddy(t, layer4Config(server("first", first)+","+server("second", second)))
-			rest := files.limit - files.used.Load() - 3*filesPerConnection
-			require.True(t, files.acquire(rest))
-			t.Cleanup(func() { files.release(rest) })
+			rest := files.Process.Limit() - files.Process.Used() - 3*files.PerConnection
+			require.True(t, files.Process.Acquire(rest))
+			t.Cleanup(func() { files.Process.Release(rest) })
 
 			refused := func(name string) float64 {
 				return metric(t, "connections_closed_total", labels("lb", name, "reason", "max_connections"))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
 )
@@ -38,7 +39,7 @@ type arrivals struct {
 func arrivalsOf(ctx context.Context, address string) arrivals {
 	c, ok := ctx.(caddy.Context)
 	if !ok {
-		return arrivals{files: filesPerConnection}
+		return arrivals{files: files.PerConnection}
 	}
 	if _, ok := c.Module().(*layer4.App); !ok {
 		return arrivals{files: 1}
@@ -47,5 +48,5 @@ func arrivalsOf(ctx context.Context, address string) arrivals {
 	if err == nil && coversAddress(app.(*App).servers, address) {
 		return arrivals{waiting: app.(*App).waiting}
 	}
-	return arrivals{files: filesPerConnection}
+	return arrivals{files: files.PerConnection}
 }

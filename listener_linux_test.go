@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -201,11 +202,12 @@ func saysItWaits(ln net.Listener) func() bool {
 // that are to be refused. The former are given back by free, or at the end.
 func useFiles(t testing.TB) (free func()) {
 	t.Helper()
-	rest, reserve := files.limit-files.used.Load(), files.overflowLimit
-	require.True(t, files.acquire(rest), "all are in use")
-	files.overflow.Add(reserve)
-	t.Cleanup(func() { files.overflow.Add(-reserve) })
-	free = sync.OnceFunc(func() { files.release(rest) })
+	rest := files.Process.Limit() - files.Process.Used()
+	require.True(t, files.Process.Acquire(rest), "all are in use")
+	for files.Process.AcquireOverflow() {
+		t.Cleanup(files.Process.ReleaseOverflow)
+	}
+	free = sync.OnceFunc(func() { files.Process.Release(rest) })
 	t.Cleanup(free)
 	return free
 }
@@ -214,9 +216,10 @@ func useFiles(t testing.TB) (free func()) {
 func TestAcceptWaitsForFiles(t *testing.T) {
 	watchLeftovers(t)
 	ln, _, address := listenCovered(t, 0)
-	free, reserve := useFiles(t), files.overflowLimit
-	files.overflow.Add(-1)
-	t.Cleanup(func() { files.overflow.Add(1) })
+	free := useFiles(t)
+	reserve := files.Process.Overflow()
+	files.Process.ReleaseOverflow()
+	t.Cleanup(func() { require.True(t, files.Process.AcquireOverflow()) })
 	conns, failed := accepting(ln)
 
 	first := dialClient(t, address)
@@ -233,7 +236,7 @@ func TestAcceptWaitsForFiles(t *testing.T) {
 	free()
 	require.True(t, next.arrive())
 	require.True(t, next.admit(), "now there is room")
-	require.Equal(t, reserve-1, files.overflow.Load())
+	require.Equal(t, reserve-1, files.Process.Overflow())
 	_, _ = io.WriteString(next, "x")
 	expect(t, second, "x")
 	require.NoError(t, next.Close())

@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 )
 
 // lookupTimeout ends a lookup. It is what Go's resolver takes by default to
@@ -14,7 +16,7 @@ const lookupTimeout = 30 * time.Second
 
 // A lookup has up to two sockets open, which are of the files' reserve. Those
 // of names in trouble, which may each take lookupTimeout, don't hold up the rest.
-var lookupSlots, troubleSlots = newLookupSlots(openFileLimit())
+var lookupSlots, troubleSlots = newLookupSlots(files.OpenLimit())
 
 func newLookupSlots(limit uint64) (all, trouble semaphore) {
 	n := 16

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -78,8 +79,8 @@ func (collector) Describe(out chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (collector) Collect(out chan<- prometheus.Metric) {
-	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(files.used.Load()))
-	out <- prometheus.MustNewConstMetric(descFileLimit, prometheus.GaugeValue, float64(files.limit))
+	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(files.Process.Used()))
+	out <- prometheus.MustNewConstMetric(descFileLimit, prometheus.GaugeValue, float64(files.Process.Limit()))
 	for _, e := range entrances() {
 		for why, name := range turnedAwayNames {
 			out <- prometheus.MustNewConstMetric(descTurnedAway, prometheus.CounterValue, float64(e.counts[why].Load()), e.address, name)

@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
@@ -89,7 +90,7 @@ func TestPoolConnectionsAndLimit(t *testing.T) {
 	web := labels("lb", "web")
 	require.EqualValues(t, 3, metric(t, "pool_max_connections", web))
 	require.Zero(t, metric(t, "pool_connections", web))
-	require.EqualValues(t, files.limit, metric(t, "max_open_files", nil))
+	require.EqualValues(t, files.Process.Limit(), metric(t, "max_open_files", nil))
 	free := metric(t, "open_files", nil)
 
 	first, second := dialClient(t, lb), dialClient(t, lb)
@@ -98,13 +99,13 @@ func TestPoolConnectionsAndLimit(t *testing.T) {
 		expect(t, c, "x")
 	}
 	require.EqualValues(t, 2, metric(t, "pool_connections", web))
-	require.EqualValues(t, free+2*filesPerConnection, metric(t, "open_files", nil))
+	require.EqualValues(t, free+2*files.PerConnection, metric(t, "open_files", nil))
 
 	reload(t, config("0"))
-	require.EqualValues(t, files.limit/filesPerConnection, metric(t, "pool_max_connections", web), "what the files allow")
+	require.EqualValues(t, files.Process.Limit()/files.PerConnection, metric(t, "pool_max_connections", web), "what the files allow")
 	require.EqualValues(t, 2, metric(t, "pool_connections", web), "over the reload")
 	reload(t, config("2000000000"))
-	require.LessOrEqual(t, metric(t, "pool_max_connections", web), float64(files.limit), "the process's bound always holds")
+	require.LessOrEqual(t, metric(t, "pool_max_connections", web), float64(files.Process.Limit()), "the process's bound always holds")
 
 	require.NoError(t, first.Close())
 	require.NoError(t, second.Close())

@@ -4,12 +4,15 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
 )
 
 func init() {
 	caddy.RegisterModule(new(Handler))
+	relay.LimitPipes(int(files.Process.Limit() / 64))
 }
 
 // Handler is a terminal layer4 handler that relays each TCP connection to one

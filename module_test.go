@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/require"
 )
 
@@ -419,6 +420,6 @@ func TestNoFileIsLeft(t *testing.T) {
 		eventually(t, func() bool { return open.n.Load() == 0 }, "all ended")
 	}
 	round()
-	require.Zero(t, files.used.Load(), "the budget has it all back")
+	require.Zero(t, files.Process.Used(), "the budget has it all back")
 	require.EqualValues(t, 0, registry.snapshot()[0].active.Load())
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
 )
@@ -220,9 +221,9 @@ func (s *stage) provoke() {
 		refused(t, s.small)
 	}
 	// Most of the process's files are gone.
-	taken := files.limit*85/100 - files.used.Load()
-	require.True(t, files.acquire(taken))
-	t.Cleanup(func() { files.release(taken) })
+	taken := files.Process.Limit()*85/100 - files.Process.Used()
+	require.True(t, files.Process.Acquire(taken))
+	t.Cleanup(func() { files.Process.Release(taken) })
 
 	s.counted("web", 421, 1)
 	s.counted("retry", 40, 0)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/require"
 )
 
@@ -56,6 +57,6 @@ func TestStuckDownloadsTakeNoPlace(t *testing.T) {
 	require.Empty(t, all.failed)
 	require.Zero(t, all.refused)
 	require.Len(t, all.served, others)
-	most := 2 * int(max(1, newFileBudget(limit).limit/64))
-	eventually(t, func() bool { return c.openFiles(t) <= before+filesPerConnection*(stuck+others)+most }, "files: %v", lazily(func() any { return c.openFiles(t) - before }))
+	most := 2 * int(max(1, files.Divide(limit).Connections/64))
+	eventually(t, func() bool { return c.openFiles(t) <= before+files.PerConnection*(stuck+others)+most }, "files: %v", lazily(func() any { return c.openFiles(t) - before }))
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 )
 
 // probeLanes bound the files that probes have open. A probe of a host that
@@ -18,7 +20,7 @@ import (
 // The slow lane borrows its files from those of connections, while they are not
 // short of them. Then, it has up to half of those set apart for probes.
 type probeLanes struct {
-	files                  *fileBudget
+	files                  *files.Budget
 	mostSlow, mostBorrowed int
 
 	mu        sync.Mutex
@@ -55,19 +57,21 @@ const (
 )
 
 // lanes are the process's.
-var lanes = newProbeLanes(files)
+var lanes = newProbeLanes(files.Process)
 
 // errBrokenOff is a probe's that ended without a result.
 var errBrokenOff = errors.New("no place in the slow lane")
 
-func newProbeLanes(f *fileBudget) *probeLanes {
-	return &probeLanes{
+func newProbeLanes(f *files.Budget) *probeLanes {
+	l := &probeLanes{
 		files:        f,
-		mostSlow:     max(1, f.probes/2),
-		mostBorrowed: int(min(mostBorrowed, f.limit/8)),
-		free:         f.probes,
+		mostSlow:     max(1, f.Probes()/2),
+		mostBorrowed: int(min(mostBorrowed, f.Limit()/8)),
+		free:         f.Probes(),
 		borrowed:     make(map[*probePlace]struct{}),
 	}
+	f.OnShortage(l.giveWay)
+	return l
 }
 
 // probePlace is what a probe waits for and then has.
@@ -170,7 +174,7 @@ func (p *probePlace) leave() (broken bool) {
 		l.slow--
 	case borrowedLane:
 		delete(l.borrowed, p)
-		l.files.release(1)
+		l.files.Release(1)
 	}
 	p.in = noLane
 	l.giveLocked()
@@ -214,7 +218,7 @@ func (l *probeLanes) firstSlowLocked() *list.Element {
 // admitSlowLocked puts p in the slow lane if there is room.
 func (l *probeLanes) admitSlowLocked(p *probePlace) bool {
 	switch {
-	case len(l.borrowed) < l.mostBorrowed && acquireUpTo(&l.files.used, 1, l.files.limit/4*3):
+	case len(l.borrowed) < l.mostBorrowed && l.files.AcquireBelow(1, l.files.Limit()/4*3):
 		l.borrowed[p] = struct{}{}
 		p.in = borrowedLane
 	case l.free > 0 && l.slow < l.mostSlow:
@@ -230,10 +234,10 @@ func (l *probeLanes) admitSlowLocked(p *probePlace) bool {
 // giveWay breaks off up to n probes that borrowed their files, and gives the
 // files back at once: closing them takes a moment, for which there is the
 // reserve. So no probe keeps a client out. It reports false if there are none.
-func (l *probeLanes) giveWay(n int) bool {
+func (l *probeLanes) giveWay(n int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n = min(n, len(l.borrowed))
+	n = min(n, int64(len(l.borrowed)))
 	left := n
 	for p := range l.borrowed {
 		if left == 0 {
@@ -244,6 +248,6 @@ func (l *probeLanes) giveWay(n int) bool {
 		p.in, p.broken = noLane, true
 		p.abort()
 	}
-	l.files.release(int64(n))
+	l.files.Release(n)
 	return n > 0
 }

@@ -7,11 +7,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/require"
 )
 
 // useLanes has the test's probes go through lanes of their own.
-func useLanes(t *testing.T, f *fileBudget) *probeLanes {
+func useLanes(t *testing.T, f *files.Budget) *probeLanes {
 	t.Helper()
 	before := lanes
 	lanes = newProbeLanes(f)
@@ -22,11 +23,11 @@ func useLanes(t *testing.T, f *fileBudget) *probeLanes {
 // scale is a pool of many backends, and files for their probes.
 type scale struct {
 	backends int
-	budget   *fileBudget
+	budget   *files.Budget
 }
 
 // manyBackends is 10,000 of them in a process of 20,000 files.
-func manyBackends() scale { return scale{10_000, newFileBudget(20_000)} }
+func manyBackends() scale { return scale{10_000, files.New(files.Divide(20_000))} }
 
 func (s scale) list() (list []BackendConfig, addresses []string) {
 	for i := range s.backends {
@@ -53,9 +54,9 @@ func testBlackHoles(t *testing.T, full bool) {
 	s := manyBackends()
 	l := useLanes(t, s.budget)
 	if full {
-		require.True(t, s.budget.acquire(s.budget.limit))
+		require.True(t, s.budget.Acquire(s.budget.Limit()))
 	}
-	before := s.budget.used.Load()
+	before := s.budget.Used()
 	list, addresses := s.list()
 	f := newFakeNet()
 	f.latency = time.Millisecond
@@ -107,19 +108,21 @@ func testBlackHoles(t *testing.T, full bool) {
 	t.Logf("%d backends, %d of them silent: first probes within %v, then at most %v apart; a death was found after %v; %d files at most; %.0f s from probe to probe of a silent one",
 		s.backends, len(holes), first, gap, found, f.most, 120/(float64(rounds)/float64(len(holes))))
 	// Half of the files are the prompt lane's in any case.
-	require.LessOrEqual(t, first, time.Second/2+promptTime*time.Duration(2*len(holes)/s.budget.probes))
+	require.LessOrEqual(t, first, time.Second/2+promptTime*time.Duration(2*len(holes)/s.budget.Probes()))
 	require.LessOrEqual(t, gap, 10*time.Second+promptTime)
 	require.LessOrEqual(t, found, 11*time.Second+2*promptTime)
-	require.LessOrEqual(t, f.most, s.budget.probes+l.mostBorrowed)
+	require.LessOrEqual(t, f.most, s.budget.Probes()+l.mostBorrowed)
 	if full {
-		require.LessOrEqual(t, f.most, s.budget.probes)
+		require.LessOrEqual(t, f.most, s.budget.Probes())
 	}
-	require.Equal(t, before, s.budget.used.Load(), "what was borrowed is back")
+	require.Equal(t, before, s.budget.Used(), "what was borrowed is back")
 }
 
 // smallLanes has four files set apart for probes, and eight of connections, of
 // which one can be borrowed.
-func smallLanes() *probeLanes { return newProbeLanes(&fileBudget{limit: 8, probes: 4}) }
+func smallLanes() *probeLanes {
+	return newProbeLanes(files.New(files.Shares{Connections: 8, Probes: 4}))
+}
 
 // placeWaiter waits for a place.
 type placeWaiter struct{ got chan *probePlace }
@@ -164,7 +167,7 @@ func TestSlowProbesLeavePlaces(t *testing.T) {
 		l := smallLanes()
 		slow := enterNow(t, l, slowQueue, 1)
 		require.Equal(t, borrowedLane, slow[0].in)
-		require.EqualValues(t, 1, l.files.used.Load())
+		require.EqualValues(t, 1, l.files.Used())
 		slow = append(slow, enterNow(t, l, slowQueue, 2)...)
 		require.Equal(t, slowLane, slow[2].in)
 		last := wait(l, slowQueue)
@@ -178,28 +181,28 @@ func TestSlowProbesLeavePlaces(t *testing.T) {
 		require.NotNil(t, next.has())
 		slow[0].leave()
 		require.Equal(t, borrowedLane, last.has().in)
-		require.EqualValues(t, 1, l.files.used.Load())
+		require.EqualValues(t, 1, l.files.Used())
 	})
 }
 
 func TestNothingIsBorrowedOfWhatRunsShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := smallLanes()
-		require.True(t, l.files.acquire(6), "three quarters")
+		require.True(t, l.files.Acquire(6), "three quarters")
 		leaveAll(enterNow(t, l, slowQueue, 2)...)
-		require.EqualValues(t, 6, l.files.used.Load())
-		l.files.release(1)
+		require.EqualValues(t, 6, l.files.Used())
+		l.files.Release(1)
 		p := enterNow(t, l, slowQueue, 1)
-		require.EqualValues(t, 6, l.files.used.Load())
+		require.EqualValues(t, 6, l.files.Used())
 		leaveAll(p...)
-		require.EqualValues(t, 5, l.files.used.Load())
+		require.EqualValues(t, 5, l.files.Used())
 	})
 }
 
 func TestUrgentProbesComeFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := smallLanes()
-		require.True(t, l.files.acquire(8))
+		require.True(t, l.files.Acquire(8))
 		in := enterNow(t, l, slowQueue, 2)
 		order := ""
 		turn := make(chan *probePlace)
@@ -259,7 +262,7 @@ func TestWaitingForAPlaceEnds(t *testing.T) {
 // Each client that needs them has a borrowed file's place at once.
 func TestProbesGiveWayToClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newProbeLanes(&fileBudget{limit: 24, probes: 4})
+		l := newProbeLanes(files.New(files.Shares{Connections: 24, Probes: 4}))
 		useLanes(t, l.files)
 		l = lanes
 		places := enterNow(t, l, slowQueue, 3)
@@ -271,12 +274,12 @@ func TestProbesGiveWayToClients(t *testing.T) {
 		}
 		synctest.Wait()
 		for range 12 {
-			require.True(t, l.files.acquirePair(), "as many clients as without the probes")
+			require.True(t, l.files.AcquirePair(), "as many clients as without the probes")
 		}
-		require.False(t, l.files.acquirePair())
+		require.False(t, l.files.AcquirePair())
 		for range 3 {
 			require.Equal(t, errBrokenOff, <-ended, "which is no result")
 		}
-		require.EqualValues(t, 24, l.files.used.Load())
+		require.EqualValues(t, 24, l.files.Used())
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/mholt/caddy-l4/layer4"
 	"go.uber.org/zap"
@@ -239,7 +240,7 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 	release, ok = p.leave, true
 	if c := acceptedFrom(cx.Conn); c != nil {
 		ok = c.admit()
-	} else if ok = files.acquirePair(); ok {
+	} else if ok = files.Process.AcquirePair(); ok {
 		release = p.leaveWithFiles
 	}
 	if !ok {
@@ -258,11 +259,11 @@ func (p *pool) warnOfLimit(clients uint64) {
 
 func (p *pool) warnOfFiles(clients uint64) {
 	p.voice.Load().logger.Warn("connection limit reached, all pools together have the process's files in use, closing new connections",
-		zap.String("lb", p.name), zap.Int64("limit", files.connections()), zap.Uint64("clients", clients))
+		zap.String("lb", p.name), zap.Int64("limit", files.Process.Connections()), zap.Uint64("clients", clients))
 }
 
 func (p *pool) leaveWithFiles() {
-	files.releasePair()
+	files.Process.ReleasePair()
 	p.leave()
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/require"
 )
 
@@ -396,21 +397,21 @@ func TestHTTPTakesOneFileEach(t *testing.T) {
 	watchLeftovers(t)
 	d := newDoors(t)
 	d.run(t, `"10s"`)
-	before := files.used.Load()
+	before := files.Process.Used()
 	c := dialClient(t, d.http)
-	eventually(t, func() bool { return files.used.Load() == before+1 && files.guests.Load() == 1 }, "one file")
+	eventually(t, func() bool { return files.Process.Used() == before+1 && files.Process.Guests() == 1 }, "one file")
 	mixed := dialClient(t, d.mixed)
-	eventually(t, func() bool { return files.used.Load() == before+3 && files.guests.Load() == 3 }, "a pair")
+	eventually(t, func() bool { return files.Process.Used() == before+3 && files.Process.Guests() == 3 }, "a pair")
 	write(t, mixed, "SSH-2.0-test\r\n")
 	expect(t, mixed, "SSH-2.0-test\r\n")
-	require.EqualValues(t, 1, files.guests.Load(), "it came to tcp_lb")
-	require.Equal(t, before+3, files.used.Load())
+	require.EqualValues(t, 1, files.Process.Guests(), "it came to tcp_lb")
+	require.Equal(t, before+3, files.Process.Used())
 
-	share := max(filesPerConnection, files.limit/2) - files.guests.Load()
-	files.guests.Add(share)
+	share := max(files.PerConnection, files.Process.Limit()/2) - files.Process.Guests()
+	require.True(t, files.Process.AcquireForGuest(share))
 	expectEOF(t, dialClient(t, d.http))
 	expectEOF(t, dialClient(t, d.mixed))
-	files.guests.Add(-share)
+	files.Process.ReleaseOfGuest(share)
 	eventually(t, func() bool {
 		return turnedAwayHere(t, d.http, "max_connections") == 1 && turnedAwayHere(t, d.mixed, "max_connections") == 1
 	}, "counted")

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/stretchr/testify/require"
 )
 
@@ -22,9 +23,9 @@ func arrival(t testing.TB, w *waitingList, holds int32) *acceptedConn {
 	t.Cleanup(func() { _ = c.end() })
 	switch holds {
 	case holdsPair:
-		files.used.Add(filesPerConnection)
+		require.True(t, files.Process.Acquire(files.PerConnection))
 	case holdsOverflow:
-		files.overflow.Add(1)
+		require.True(t, files.Process.AcquireOverflow())
 	}
 	c.holds.Store(holds)
 	w.add(c)
@@ -79,7 +80,7 @@ func TestCutOffBeforeTheHandler(t *testing.T) {
 	c := arrival(t, w, holdsPair)
 	c.wait(2 * grace)
 	require.EqualValues(t, holdsPair, evictLongest(pairHolder))
-	files.release(filesPerConnection)
+	files.Process.Release(files.PerConnection)
 	require.EqualValues(t, 1, c.from.counts[filesShort].Load())
 	h := handlerOf(t, `{"name":"web"}`) // which has no pool, and must not ask for it
 	require.NoError(t, h.Handle(layer4Connection(c), nil))
@@ -108,9 +109,9 @@ func TestWaitingListDisarms(t *testing.T) {
 // useAllFiles takes all files of the budget.
 func useAllFiles(t testing.TB) {
 	t.Helper()
-	rest := files.limit - files.used.Load()
-	require.True(t, files.acquire(rest))
-	t.Cleanup(func() { files.release(rest) })
+	rest := files.Process.Limit() - files.Process.Used()
+	require.True(t, files.Process.Acquire(rest))
+	t.Cleanup(func() { files.Process.Release(rest) })
 }
 
 // A client that has reached the handler without a pair of files waits for those
@@ -134,7 +135,7 @@ func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
 		require.GreaterOrEqual(t, time.Since(began), grace/2, "it had its time")
 		require.False(t, quiet.arrive())
 		require.EqualValues(t, 1, quiet.from.counts[filesShort].Load())
-		require.Zero(t, files.overflow.Load())
+		require.Zero(t, files.Process.Overflow())
 	})
 	t.Run("all get there", func(t *testing.T) {
 		watchLeftovers(t)
@@ -147,7 +148,7 @@ func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
 		eventually(t, func() bool { return admitting.Load() == 1 }, "it waits")
 		require.True(t, fast.arrive())
 		require.False(t, <-done, "no file is left")
-		require.EqualValues(t, 1, files.overflow.Load())
+		require.EqualValues(t, 1, files.Process.Overflow())
 	})
 	t.Run("nobody is on the way", func(t *testing.T) {
 		watchLeftovers(t)
@@ -190,41 +191,41 @@ func TestGuestIsAdmitted(t *testing.T) {
 	watchLeftovers(t)
 	w := newWaitingList(time.Hour)
 	t.Cleanup(w.close)
-	before := files.used.Load()
+	before := files.Process.Used()
 	guest := func() *acceptedConn {
 		c := arrival(t, w, holdsNothing)
 		require.True(t, c.arrive())
 		require.True(t, c.claimAsGuest(1))
-		require.EqualValues(t, 1, files.guests.Load())
+		require.EqualValues(t, 1, files.Process.Guests())
 		return c
 	}
 	c := guest()
-	require.Equal(t, before+1, files.used.Load())
+	require.Equal(t, before+1, files.Process.Used())
 	require.True(t, c.admit())
-	require.Zero(t, files.guests.Load())
-	require.Equal(t, before+2, files.used.Load())
+	require.Zero(t, files.Process.Guests())
+	require.Equal(t, before+2, files.Process.Used())
 	require.NoError(t, c.Close())
-	require.Equal(t, before, files.used.Load())
+	require.Equal(t, before, files.Process.Used())
 
 	// The same where a connection has to give way, for the first file and for
 	// the second.
 	quiet := arrival(t, w, holdsPair)
 	quiet.wait(2 * grace)
-	rest := files.limit - files.used.Load()
-	require.True(t, files.acquire(rest))
+	rest := files.Process.Limit() - files.Process.Used()
+	require.True(t, files.Process.Acquire(rest))
 	c = guest()
 	require.False(t, quiet.arrive())
-	require.Equal(t, files.limit-1, files.used.Load())
-	require.True(t, files.acquire(1))
+	require.Equal(t, files.Process.Limit()-1, files.Process.Used())
+	require.True(t, files.Process.Acquire(1))
 	require.False(t, c.tryAdmit())
 	quiet = arrival(t, w, holdsNothing)
 	require.True(t, quiet.arrive())
-	files.release(2)
+	files.Process.Release(2)
 	require.True(t, quiet.tryAdmit())
 	w.add(quiet)
 	quiet.wait(2 * grace)
 	require.True(t, c.tryAdmit())
-	require.Equal(t, files.limit-1, files.used.Load(), "two for c, none for the other")
-	files.release(rest - 1)
+	require.Equal(t, files.Process.Limit()-1, files.Process.Used(), "two for c, none for the other")
+	files.Process.Release(rest - 1)
 	require.NoError(t, c.Close())
 }

@@ -1,12 +1,12 @@
 //go:build unix
 
-package tcplb
+package files
 
 import "golang.org/x/sys/unix"
 
-// openFileLimit returns how many files the process may have open, 0 if it
+// OpenLimit returns how many files the process may have open, 0 if it
 // can't be told. Go raises the soft limit to the hard one at start.
-func openFileLimit() uint64 {
+func OpenLimit() uint64 {
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		return 0
