@@ -1,0 +1,58 @@
+package notice
+
+import (
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestNotice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var n Notice
+		var lines []uint64
+		add := func() { n.Add(func(count uint64) { lines = append(lines, count) }) }
+		add()
+		require.Equal(t, []uint64{1}, lines, "the first at once")
+		add()
+		add()
+		require.Len(t, lines, 1)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Equal(t, []uint64{1, 2}, lines, "those since")
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		require.Len(t, lines, 2, "nothing happened")
+		add()
+		require.Equal(t, []uint64{1, 2, 1}, lines, "at once again")
+		time.Sleep(time.Minute)
+	})
+}
+
+// However many come at once, each is told of once.
+func TestNoticesAreCountedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var n Notice
+		var mu sync.Mutex
+		var told uint64
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for range 100 {
+					n.Add(func(count uint64) {
+						mu.Lock()
+						told += count
+						mu.Unlock()
+					})
+					time.Sleep(time.Second)
+				}
+			})
+		}
+		wg.Wait()
+		time.Sleep(3 * time.Minute)
+		synctest.Wait()
+		require.EqualValues(t, 800, told)
+	})
+}
