@@ -1,8 +1,9 @@
 package relay
 
 import (
-	"net"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 )
 
 // keepAliveAfter is the age at which a connection to a backend begins to be
@@ -10,8 +11,8 @@ import (
 // not have sent the first probe before.
 const keepAliveAfter = 15 * time.Second
 
-// KeepAlive is what Go does by default.
-var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: keepAliveAfter, Interval: 15 * time.Second, Count: 9}
+// KeepAlive is what clients' connections have, too.
+var KeepAlive = socket.KeepAlive
 
 // idleTime finds out how long nothing has moved, from looks at a count.
 type idleTime struct {

@@ -1,0 +1,133 @@
+package socket
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Await waits until a descriptor is writable or has failed, and may return
+// before. Its error ends the connect: at the deadline (zero = none),
+// os.ErrDeadlineExceeded.
+type Await func(fd int, deadline time.Time) error
+
+// Connect opens a TCP connection, of which Go's poller gets to know nothing.
+// Errors are as net.Dialer has them. The local end is not bound before: a port
+// taken by bind serves one connection only, one taken by connect serves one to
+// each destination.
+func Connect(to netip.AddrPort, deadline time.Time, await Await) (*Conn, error) {
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	remote := net.TCPAddrFromAddrPort(to)
+	family, sa := sockaddrOf(to)
+	for try := 1; ; try++ {
+		fd, err := open(family, sa, deadline, await)
+		if err == nil {
+			c := &Conn{network: "tcp", remote: remote, fd: fd}
+			if err = c.meet(to); err == nil {
+				return c, nil
+			}
+			_ = unix.Close(fd)
+		}
+		if try == connects || err != errConnectedToItself && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: remote, Err: err}
+		}
+	}
+}
+
+// connects is how often Connect tries, as net.Dialer does: a socket may happen to
+// be connected to itself, and EADDRNOTAVAIL may be said where a port was free.
+const connects = 3
+
+// errConnectedToItself is of a socket whose port the kernel chose to be the one
+// to which it connected: nobody else is there.
+var errConnectedToItself = os.NewSyscallError("connect", unix.ECONNREFUSED)
+
+// meet finds out the addresses of a connection that is established.
+func (c *Conn) meet(to netip.AddrPort) error {
+	sa, err := unix.Getsockname(c.fd)
+	if err != nil {
+		return os.NewSyscallError("getsockname", err)
+	}
+	local, remote := addrOf(sa).(*net.TCPAddr), c.remote.(*net.TCPAddr)
+	if to.Addr().IsUnspecified() { // which is this host's loopback address
+		if sa, err := unix.Getpeername(c.fd); err == nil {
+			remote = addrOf(sa).(*net.TCPAddr)
+		}
+	}
+	if local.Port == remote.Port && local.IP.Equal(remote.IP) {
+		return errConnectedToItself
+	}
+	c.local, c.remote = local, remote
+	return nil
+}
+
+// ConnectUnix does the same to a Unix socket. A path with a leading @ is an
+// abstract name.
+func ConnectUnix(path string, deadline time.Time, await Await) (*Conn, error) {
+	remote := &net.UnixAddr{Name: path, Net: "unix"}
+	fd, err := open(unix.AF_UNIX, &unix.SockaddrUnix{Name: path}, deadline, await)
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: "unix", Addr: remote, Err: err}
+	}
+	return &Conn{network: "unix", remote: remote, local: &net.UnixAddr{Net: "unix"}, fd: fd}, nil
+}
+
+func sockaddrOf(to netip.AddrPort) (family int, sa unix.Sockaddr) {
+	if to.Addr().Is4() {
+		return unix.AF_INET, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	}
+	return unix.AF_INET6, &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16(), ZoneId: zones.id(to.Addr().Zone())}
+}
+
+// open makes a socket and connects it.
+func open(family int, to unix.Sockaddr, deadline time.Time, await Await) (fd int, err error) {
+	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("socket", err)
+	}
+	if family != unix.AF_UNIX {
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+	switch err = unix.Connect(fd, to); err {
+	case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:
+		err = established(fd, deadline, await)
+	case unix.EISCONN:
+		err = nil
+	default:
+		err = os.NewSyscallError("connect", err)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// established waits for the end of a connect. On loopback it has come already.
+func established(fd int, deadline time.Time, await Await) error {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	for {
+		n, err := unix.Poll(p, 0)
+		switch {
+		case n > 0:
+			errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+			if err != nil {
+				return os.NewSyscallError("getsockopt", err)
+			}
+			if errno != 0 {
+				return os.NewSyscallError("connect", unix.Errno(errno))
+			}
+			return nil
+		case err == nil:
+			if err := await(fd, deadline); err != nil {
+				return err
+			}
+		case err != unix.EINTR:
+			return os.NewSyscallError("poll", err)
+		}
+	}
+}

@@ -1,0 +1,17 @@
+//go:build !linux
+
+package socket
+
+import "net"
+
+// Conn is a TCP connection.
+type Conn struct{ *net.TCPConn }
+
+// Of returns a Conn that is a socket of Go's.
+func Of(c *net.TCPConn) *Conn { return &Conn{TCPConn: c} }
+
+// Real returns the socket of Go's.
+func (c *Conn) Real() (net.Conn, error) { return c.TCPConn, nil }
+
+// Detach is Linux's only.
+func (c *Conn) Detach() (fd int, ok bool) { return -1, false }
