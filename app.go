@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -35,8 +36,8 @@ type App struct {
 	HandshakeTimeout *caddy.Duration `json:"handshake_timeout,omitempty"`
 
 	ctx         caddy.Context
-	servers     []*layer4Server // nil: none of the handlers so far is in one
-	waiting     *waitingList    // the config's connections on their way to a handler
+	servers     []*layer4Server       // nil: none of the handlers so far is in one
+	waiting     *listener.WaitingList // the config's connections on their way to a handler
 	events      *caddyevents.App
 	generations map[string]*generation // by pool name
 	asked       []string               // pools that health handlers name
@@ -66,7 +67,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err := checkAll(a, globalOptions); err != nil {
 		return err
 	}
-	a.waiting = newWaitingList(time.Duration(*a.HandshakeTimeout))
+	a.waiting = listener.NewWaitingList(time.Duration(*a.HandshakeTimeout))
 	a.ctx = ctx
 	a.events = events.(*caddyevents.App)
 	a.generations = make(map[string]*generation)
@@ -171,7 +172,7 @@ func (a *App) Stop() error {
 		g.stop()
 	}
 	if a.waiting != nil { // else it could not be provisioned
-		a.waiting.close()
+		a.waiting.Close()
 	}
 	return nil
 }

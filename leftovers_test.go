@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
 	"go.uber.org/goleak"
 )
 
@@ -35,19 +36,13 @@ func watchLeftovers(t testing.TB) {
 		eventually(t, func() bool { return openFiles(t) <= filesBefore }, "%d sockets and pipes open again, now %v", filesBefore, lazily(func() any { return openFiles(t) }))
 		eventually(t, func() bool { return files.Process.Used() == 0 }, "the file budget is free again")
 		eventually(t, func() bool { return files.Process.Overflow() == 0 && files.Process.Guests() == 0 }, "its shares, too")
-		eventually(t, func() bool { return onTheirWay() == 0 && waiting.pairs.Load() == 0 }, "no connection is on its way")
+		eventually(t, func() bool { return onTheirWay() == 0 }, "no connection is on its way")
 	})
 }
 
 // onTheirWay is how many connections have yet to reach a handler.
-func onTheirWay() (n int) {
-	waiting.mu.Lock()
-	defer waiting.mu.Unlock()
-	for w := range waiting.lists {
-		for c := w.first; c != nil; c = c.place.next {
-			n++
-		}
-	}
+func onTheirWay() int {
+	n, _ := listener.OnTheirWay()
 	return n
 }
 

@@ -8,6 +8,14 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// useAllFiles takes all files of the budget.
+func useAllFiles(t testing.TB) {
+	t.Helper()
+	rest := files.Process.Limit() - files.Process.Used()
+	require.True(t, files.Process.Acquire(rest))
+	t.Cleanup(func() { files.Process.Release(rest) })
+}
+
 // The bound that follows from the limit of files is one for all pools, and each
 // counts what it had to refuse.
 func TestLimitIsOneForAllPools(t *testing.T) {

@@ -2,11 +2,16 @@ package tcplb
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"net"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
+	"go.uber.org/zap"
 )
 
 func init() {
@@ -26,27 +31,44 @@ func listenNetwork(ctx context.Context, _, host, ports string, offset uint, conf
 		return nil, err
 	}
 	address = address.At(offset)
-	return listenShared(ctx, address, config, arrivalsOf(ctx, address.JoinHostPort(0)))
+	key := address.JoinHostPort(0)
+	ln, err := listener.Listen(ctx, key, config, arrivalsOf(ctx, key), listenerLog)
+	switch {
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, errors.ErrUnsupported):
+		return address.Listen(ctx, 0, config) // Caddy may have ways to get it, or has all there is
+	case err != nil:
+		return nil, err
+	}
+	return ln, nil
 }
 
-// arrivals is what a listener has to know of its connections.
-type arrivals struct {
-	waiting *waitingList // nil: not all of them lead to a tcp_lb handler
-	files   int64        // that each takes, if not all do
-}
+// listenerLog is the newest config's: a listening socket may outlive many.
+func listenerLog() *zap.Logger { return caddy.Log().Named("tcp_lb") }
 
 // arrivalsOf looks at who listens: the layer4 app, an HTTP server, or another.
-func arrivalsOf(ctx context.Context, address string) arrivals {
+func arrivalsOf(ctx context.Context, address string) listener.Arrivals {
 	c, ok := ctx.(caddy.Context)
 	if !ok {
-		return arrivals{files: files.PerConnection}
+		return listener.Arrivals{Files: files.PerConnection}
 	}
 	if _, ok := c.Module().(*layer4.App); !ok {
-		return arrivals{files: 1}
+		return listener.Arrivals{Files: 1}
 	}
 	app, err := c.AppIfConfigured("tcp_lb")
 	if err == nil && coversAddress(app.(*App).servers, address) {
-		return arrivals{waiting: app.(*App).waiting}
+		return listener.Arrivals{Waiting: app.(*App).waiting}
 	}
-	return arrivals{files: files.PerConnection}
+	return listener.Arrivals{Files: files.PerConnection}
+}
+
+// acceptedFrom returns the connection of a tcp_lb listener that conn is, or that
+// is somewhere inside; nil if there is none.
+func acceptedFrom(conn net.Conn) *listener.Conn {
+	for conn != nil {
+		if c, ok := conn.(*listener.Conn); ok {
+			return c
+		}
+		conn = relay.Unwrap(conn)
+	}
+	return nil
 }

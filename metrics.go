@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -81,9 +82,9 @@ func (collector) Describe(out chan<- *prometheus.Desc) {
 func (collector) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstMetric(descFiles, prometheus.GaugeValue, float64(files.Process.Used()))
 	out <- prometheus.MustNewConstMetric(descFileLimit, prometheus.GaugeValue, float64(files.Process.Limit()))
-	for _, e := range entrances() {
-		for why, name := range turnedAwayNames {
-			out <- prometheus.MustNewConstMetric(descTurnedAway, prometheus.CounterValue, float64(e.counts[why].Load()), e.address, name)
+	for _, e := range listener.Entrances() {
+		for reason, n := range e.TurnedAway() {
+			out <- prometheus.MustNewConstMetric(descTurnedAway, prometheus.CounterValue, float64(n), e.Address(), reason)
 		}
 	}
 	pools, departedPools, departedBackends := registry.snapshotWithDeparted()

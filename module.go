@@ -135,7 +135,7 @@ func (h *Handler) Handle(cx *layer4.Connection, _ layer4.Handler) error {
 	if network := cx.LocalAddr().Network(); network != "tcp" && network != "unix" {
 		return fmt.Errorf("tcp_lb %q serves TCP connections only, this listener's network is %q", h.Name, network)
 	}
-	if c := acceptedFrom(cx.Conn); c != nil && !c.arrive() {
+	if c := acceptedFrom(cx.Conn); c != nil && !c.Arrive() {
 		return nil // too late, it was cut off just now
 	}
 	g := h.generation.live()

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/notice"
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 )
@@ -26,7 +27,7 @@ type pool struct {
 
 	closed                         [numReasons]atomic.Uint64 // connections that ended before they had a backend
 	times                          poolTimes
-	refusals, overLimit, overFiles notice
+	refusals, overLimit, overFiles notice.Notice
 
 	waiters waiters
 	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd

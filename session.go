@@ -5,10 +5,10 @@ import (
 	"io"
 	"net"
 	"runtime/debug"
-	"sync/atomic"
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/mholt/caddy-l4/layer4"
 	"go.uber.org/zap"
@@ -39,8 +39,8 @@ func (g *generation) serve(cx *layer4.Connection) {
 		s.finish()
 		return
 	}
-	if c, ok := cx.Conn.(*acceptedConn); ok {
-		c.takeOver()
+	if c, ok := cx.Conn.(*listener.Conn); ok {
+		c.TakeOver()
 		s.client = c
 		s.relay.Start(s.finish)
 		return
@@ -153,11 +153,11 @@ func (s *session) closeClient() {
 	if s.leavePool == nil {
 		return
 	}
-	if tcp, ok := innermost(s.client).(*net.TCPConn); ok && s.relay == nil && s.why == reasonDrainTimeout {
-		_ = tcp.SetLinger(0) // cut, as others are
+	if socket, ok := innermost(s.client).(interface{ SetLinger(int) error }); ok && s.relay == nil && s.why == reasonDrainTimeout {
+		_ = socket.SetLinger(0) // cut, as others are
 	}
-	if c, ok := s.client.(*acceptedConn); ok {
-		_ = c.end()
+	if c, ok := s.client.(*listener.Conn); ok {
+		_ = c.End()
 	} else {
 		_ = s.client.Close()
 	}
@@ -182,7 +182,7 @@ func (s *session) logRefusal(to *voice) {
 		c.Write(zap.String("lb", s.pool.name), zap.Stringer("client", s.client.RemoteAddr()),
 			zap.Int("attempt", s.attempts), errorField(s.err))
 	}
-	s.pool.refusals.add(s.pool.warnOfRefusals)
+	s.pool.refusals.Add(s.pool.warnOfRefusals)
 }
 
 func (p *pool) warnOfRefusals(clients uint64) {
@@ -234,18 +234,18 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 	p := g.pool
 	if n := p.active.Add(1); g.limit > 0 && n > g.limit {
 		p.leave()
-		p.overLimit.add(p.warnOfLimit)
+		p.overLimit.Add(p.warnOfLimit)
 		return nil, false
 	}
 	release, ok = p.leave, true
 	if c := acceptedFrom(cx.Conn); c != nil {
-		ok = c.admit()
+		ok = c.Admit()
 	} else if ok = files.Process.AcquirePair(); ok {
 		release = p.leaveWithFiles
 	}
 	if !ok {
 		p.leave()
-		p.overFiles.add(p.warnOfFiles)
+		p.overFiles.Add(p.warnOfFiles)
 		return nil, false
 	}
 	return release, true
@@ -267,38 +267,14 @@ func (p *pool) leaveWithFiles() {
 	p.leave()
 }
 
-// notice is what is worth a line of the log, but not one each: the first has
-// one, and after that there is one a minute for those since.
-type notice struct {
-	unsaid atomic.Uint64
-	open   atomic.Bool // a timer will write the next line
-}
-
-func (n *notice) add(write func(count uint64)) {
-	n.unsaid.Add(1)
-	if n.open.CompareAndSwap(false, true) {
-		n.writeOut(write)
-	}
-}
-
-func (n *notice) writeOut(write func(count uint64)) {
-	if count := n.unsaid.Swap(0); count > 0 {
-		write(count)
-		time.AfterFunc(time.Minute, func() { n.writeOut(write) })
-		return
-	}
-	n.open.Store(false)
-	if n.unsaid.Load() > 0 && n.open.CompareAndSwap(false, true) { // it came just now
-		n.writeOut(write)
-	}
-}
-
 // clientConn returns the connection to relay: the socket itself if nothing is
 // in between, else caddy-l4's view of it.
 func clientConn(cx *layer4.Connection) net.Conn {
 	switch c := cx.Conn.(type) {
-	case *acceptedConn:
-		return c.TCPConn
+	case *listener.Conn:
+		if conn := c.NetConn(); conn != nil {
+			return conn
+		}
 	case *net.TCPConn, *net.UnixConn:
 		return c
 	}

@@ -13,7 +13,10 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
+	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 )
 
 // doors are the listeners of one balancer: one whose route terminates TLS, one
@@ -331,7 +334,7 @@ func TestReloadWhileClientsAreOnTheirWay(t *testing.T) {
 	patient := silent(t, d.secure, 2)
 	eventually(t, func() bool { return onTheirWay() == 2 }, "accepted")
 	reload(t, d.config(`"disabled":true`, `"200ms"`))
-	d.acceptsWith(t, 200*time.Millisecond)
+	d.acceptsAnew(t)
 	expectReset(t, dialClient(t, d.secure))
 	eventually(t, func() bool { return turnedAwayHere(t, d.secure, "handshake_timeout") == 1 }, "counted")
 	require.Equal(t, 2, onTheirWay())
@@ -344,7 +347,7 @@ func TestReloadWhileClientsAreOnTheirWay(t *testing.T) {
 	hasty := dialClient(t, d.secure)
 	eventually(t, func() bool { return onTheirWay() == 1 }, "accepted")
 	reload(t, d.config(`"disabled":true`, `0`))
-	d.acceptsWith(t, 0)
+	d.acceptsAnew(t)
 	unlimited := dialClient(t, d.secure)
 	expectReset(t, hasty)
 	eventually(t, func() bool { return onTheirWay() == 1 }, "accepted")
@@ -353,23 +356,18 @@ func TestReloadWhileClientsAreOnTheirWay(t *testing.T) {
 	write(t, c, "x")
 	expect(t, c, "x")
 
-	require.Equal(t, 4*int(numTurnedAway), countSeries(t, "tcp_lb_listener_connections_closed_total"))
+	require.Equal(t, 4*3, countSeries(t, "tcp_lb_listener_connections_closed_total"))
 	reload(t, layer4Config(""))
 	require.Zero(t, countSeries(t, "tcp_lb_listener_connections_closed_total"), "they end with the listener")
 }
 
-// acceptsWith waits until the config with the limit accepts: the one before may
+// acceptsAnew waits until the newest config accepts: the one before may
 // do so a last time just when it is closed.
-func (d *doors) acceptsWith(t testing.TB, limit time.Duration) {
+func (d *doors) acceptsAnew(t testing.TB) {
 	t.Helper()
-	eventually(t, func() bool {
-		sockets.mu.Lock()
-		defer sockets.mu.Unlock()
-		s := sockets.by[d.secure]
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.accepting != nil && s.accepting.arrivals.waiting.limit == limit
-	}, "the new config accepts")
+	app, err := caddy.ActiveContext().AppIfConfigured("tcp_lb")
+	require.NoError(t, err)
+	eventually(t, func() bool { return listener.Accepting(d.secure) == app.(*App).waiting }, "the new config accepts")
 }
 
 func countSeries(t testing.TB, name string) int {
@@ -421,4 +419,24 @@ func TestHTTPTakesOneFileEach(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 	require.NoError(t, c.Close())
 	require.NoError(t, mixed.Close())
+}
+
+// A connection that was cut off just before it reached the handler is not
+// served any more.
+func TestCutOffBeforeTheHandler(t *testing.T) {
+	watchLeftovers(t)
+	w := listener.NewWaitingList(time.Millisecond)
+	t.Cleanup(w.Close)
+	lb := freeAddress(t)
+	ln, err := listener.Listen(t.Context(), lb, net.ListenConfig{}, listener.Arrivals{Waiting: w}, zap.NewNop)
+	require.NoError(t, err)
+	defer ln.Close()
+	client := dialClient(t, lb)
+	c, err := ln.Accept()
+	require.NoError(t, err)
+	expectReset(t, client)
+	h := handlerOf(t, `{"name":"web"}`) // which has no pool, and must not ask for it
+	require.NoError(t, h.Handle(layer4Connection(c), nil))
+	require.False(t, c.(*listener.Conn).Arrive())
+	require.Error(t, c.Close())
 }

@@ -1,4 +1,4 @@
-package tcplb
+package listener
 
 import (
 	"net"
@@ -6,12 +6,13 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 	"github.com/stretchr/testify/require"
 )
 
 // arrival is a connection as a listener of this package accepts it, in the list
 // and with what it is said to hold.
-func arrival(t testing.TB, w *waitingList, holds int32) *acceptedConn {
+func arrival(t testing.TB, w *WaitingList, holds int32) *Conn {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -19,8 +20,8 @@ func arrival(t testing.TB, w *waitingList, holds int32) *acceptedConn {
 	dialClient(t, ln.Addr().String())
 	conn, err := ln.Accept()
 	require.NoError(t, err)
-	c := &acceptedConn{TCPConn: conn.(*net.TCPConn), from: &entrance{address: "test"}}
-	t.Cleanup(func() { _ = c.end() })
+	c := &Conn{Conn: socket.Of(conn.(*net.TCPConn)), from: testEntrance()}
+	t.Cleanup(func() { _ = c.End() })
 	switch holds {
 	case holdsPair:
 		require.True(t, files.Process.Acquire(files.PerConnection))
@@ -33,10 +34,15 @@ func arrival(t testing.TB, w *waitingList, holds int32) *acceptedConn {
 }
 
 // wait makes c a connection that has waited for so long.
-func (c *acceptedConn) wait(d time.Duration) {
+func (c *Conn) wait(d time.Duration) {
 	waiting.mu.Lock()
 	defer waiting.mu.Unlock()
 	c.place.since = time.Now().Add(-d)
+}
+
+func onTheirWay() int {
+	n, _ := OnTheirWay()
+	return n
 }
 
 func anyHolder(int32) bool { return true }
@@ -46,9 +52,9 @@ func pairHolder(holds int32) bool { return holds == holdsPair }
 // The longest of all lists goes first, and none before a grace is over.
 func TestLongestWaitingGoesFirst(t *testing.T) {
 	watchLeftovers(t)
-	one, other := newWaitingList(time.Hour), newWaitingList(0)
-	t.Cleanup(one.close)
-	t.Cleanup(other.close)
+	one, other := NewWaitingList(time.Hour), NewWaitingList(0)
+	t.Cleanup(one.Close)
+	t.Cleanup(other.Close)
 	a, b, c := arrival(t, one, holdsOverflow), arrival(t, one, holdsPair), arrival(t, one, holdsPair)
 	d, e := arrival(t, other, holdsPair), arrival(t, other, holdsOverflow)
 	require.Nil(t, longestWaiting(anyHolder), "all have just come")
@@ -62,34 +68,19 @@ func TestLongestWaitingGoesFirst(t *testing.T) {
 	require.Nil(t, longestWaiting(anyHolder))
 	require.EqualValues(t, 1, waiting.pairs.Load())
 	require.Equal(t, 2, onTheirWay())
-	for _, gone := range []*acceptedConn{a, b, d} {
-		require.False(t, gone.arrive(), "too late")
+	for _, gone := range []*Conn{a, b, d} {
+		require.False(t, gone.Arrive(), "too late")
 	}
-	require.True(t, c.arrive())
-	require.True(t, c.arrive(), "again")
-	require.True(t, e.arrive())
+	require.True(t, c.Arrive())
+	require.True(t, c.Arrive(), "again")
+	require.True(t, e.Arrive())
 	require.Zero(t, onTheirWay())
-}
-
-// A connection that was cut off just before it reached the handler is not
-// served any more.
-func TestCutOffBeforeTheHandler(t *testing.T) {
-	watchLeftovers(t)
-	w := newWaitingList(time.Hour)
-	t.Cleanup(w.close)
-	c := arrival(t, w, holdsPair)
-	c.wait(2 * grace)
-	require.EqualValues(t, holdsPair, evictLongest(pairHolder))
-	files.Process.Release(files.PerConnection)
-	require.EqualValues(t, 1, c.from.counts[filesShort].Load())
-	h := handlerOf(t, `{"name":"web"}`) // which has no pool, and must not ask for it
-	require.NoError(t, h.Handle(layer4Connection(c), nil))
 }
 
 // A timer stays only while a config or a connection needs it.
 func TestWaitingListDisarms(t *testing.T) {
 	watchLeftovers(t)
-	w := newWaitingList(time.Hour)
+	w := NewWaitingList(time.Hour)
 	armed := func() bool {
 		waiting.mu.Lock()
 		defer waiting.mu.Unlock()
@@ -98,7 +89,7 @@ func TestWaitingListDisarms(t *testing.T) {
 	require.False(t, armed())
 	c := arrival(t, w, holdsNothing)
 	require.True(t, armed())
-	w.close()
+	w.Close()
 	require.True(t, armed(), "c keeps its time")
 	require.NoError(t, c.Close())
 	require.False(t, armed())
@@ -106,62 +97,54 @@ func TestWaitingListDisarms(t *testing.T) {
 	require.False(t, armed())
 }
 
-// useAllFiles takes all files of the budget.
-func useAllFiles(t testing.TB) {
-	t.Helper()
-	rest := files.Process.Limit() - files.Process.Used()
-	require.True(t, files.Process.Acquire(rest))
-	t.Cleanup(func() { files.Process.Release(rest) })
-}
-
 // A client that has reached the handler without a pair of files waits for those
 // that have one and are not there: until one gives way, or all are there.
 func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
-	admitted := func(c *acceptedConn) chan bool {
+	admitted := func(c *Conn) chan bool {
 		done := make(chan bool, 1)
-		require.True(t, c.arrive())
-		go func() { done <- c.admit() }()
+		require.True(t, c.Arrive())
+		go func() { done <- c.Admit() }()
 		return done
 	}
 	t.Run("one gives way", func(t *testing.T) {
 		watchLeftovers(t)
-		w := newWaitingList(time.Hour)
-		t.Cleanup(w.close)
+		w := NewWaitingList(time.Hour)
+		t.Cleanup(w.Close)
 		quiet := arrival(t, w, holdsPair)
 		useAllFiles(t)
 		began := time.Now()
 		c := arrival(t, w, holdsOverflow)
 		require.True(t, <-admitted(c))
 		require.GreaterOrEqual(t, time.Since(began), grace/2, "it had its time")
-		require.False(t, quiet.arrive())
+		require.False(t, quiet.Arrive())
 		require.EqualValues(t, 1, quiet.from.counts[filesShort].Load())
 		require.Zero(t, files.Process.Overflow())
 	})
 	t.Run("all get there", func(t *testing.T) {
 		watchLeftovers(t)
-		w := newWaitingList(time.Hour)
-		t.Cleanup(w.close)
+		w := NewWaitingList(time.Hour)
+		t.Cleanup(w.Close)
 		fast := arrival(t, w, holdsPair)
 		useAllFiles(t)
 		c := arrival(t, w, holdsOverflow)
 		done := admitted(c)
 		eventually(t, func() bool { return admitting.Load() == 1 }, "it waits")
-		require.True(t, fast.arrive())
+		require.True(t, fast.Arrive())
 		require.False(t, <-done, "no file is left")
 		require.EqualValues(t, 1, files.Process.Overflow())
 	})
 	t.Run("nobody is on the way", func(t *testing.T) {
 		watchLeftovers(t)
-		w := newWaitingList(time.Hour)
-		t.Cleanup(w.close)
+		w := NewWaitingList(time.Hour)
+		t.Cleanup(w.Close)
 		useAllFiles(t)
 		c := arrival(t, w, holdsOverflow)
 		require.False(t, <-admitted(c))
 	})
 	t.Run("nobody overtakes it", func(t *testing.T) {
 		watchLeftovers(t)
-		w := newWaitingList(time.Hour)
-		t.Cleanup(w.close)
+		w := NewWaitingList(time.Hour)
+		t.Cleanup(w.Close)
 		admitting.Add(1)
 		admissions <- struct{}{} // it has its turn, and would get the next pair
 		late, has := arrival(t, w, holdsOverflow), arrival(t, w, holdsPair)
@@ -175,8 +158,8 @@ func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
 	})
 	t.Run("while it waits, those that come get no pair", func(t *testing.T) {
 		watchLeftovers(t)
-		w := newWaitingList(time.Hour)
-		t.Cleanup(w.close)
+		w := NewWaitingList(time.Hour)
+		t.Cleanup(w.Close)
 		admitting.Add(1)
 		defer admitting.Add(-1)
 		c := arrival(t, w, holdsNothing)
@@ -189,19 +172,19 @@ func TestAdmissionWaitsForThoseOnTheirWay(t *testing.T) {
 // file more, and leaves the share of those that stay elsewhere.
 func TestGuestIsAdmitted(t *testing.T) {
 	watchLeftovers(t)
-	w := newWaitingList(time.Hour)
-	t.Cleanup(w.close)
+	w := NewWaitingList(time.Hour)
+	t.Cleanup(w.Close)
 	before := files.Process.Used()
-	guest := func() *acceptedConn {
+	guest := func() *Conn {
 		c := arrival(t, w, holdsNothing)
-		require.True(t, c.arrive())
+		require.True(t, c.Arrive())
 		require.True(t, c.claimAsGuest(1))
 		require.EqualValues(t, 1, files.Process.Guests())
 		return c
 	}
 	c := guest()
 	require.Equal(t, before+1, files.Process.Used())
-	require.True(t, c.admit())
+	require.True(t, c.Admit())
 	require.Zero(t, files.Process.Guests())
 	require.Equal(t, before+2, files.Process.Used())
 	require.NoError(t, c.Close())
@@ -214,12 +197,12 @@ func TestGuestIsAdmitted(t *testing.T) {
 	rest := files.Process.Limit() - files.Process.Used()
 	require.True(t, files.Process.Acquire(rest))
 	c = guest()
-	require.False(t, quiet.arrive())
+	require.False(t, quiet.Arrive())
 	require.Equal(t, files.Process.Limit()-1, files.Process.Used())
 	require.True(t, files.Process.Acquire(1))
 	require.False(t, c.tryAdmit())
 	quiet = arrival(t, w, holdsNothing)
-	require.True(t, quiet.arrive())
+	require.True(t, quiet.Arrive())
 	files.Process.Release(2)
 	require.True(t, quiet.tryAdmit())
 	w.add(quiet)

@@ -1,4 +1,4 @@
-package tcplb
+package listener
 
 import (
 	"sync"
@@ -14,34 +14,35 @@ const grace = time.Second
 // listeners all of whose connections should.
 var waiting = struct {
 	mu    sync.Mutex
-	lists map[*waitingList]struct{} // that are not empty
+	lists map[*WaitingList]struct{} // that are not empty
 	pairs atomic.Int64              // connections in them that hold a pair of files
-}{lists: make(map[*waitingList]struct{})}
+}{lists: make(map[*WaitingList]struct{})}
 
-// waitingList has those of one config, in order of arrival. All have the same
+// WaitingList has those of one config, in order of arrival. All have the same
 // time, so that one timer serves for all: the first is the next to run out of it.
-type waitingList struct {
+type WaitingList struct {
 	limit time.Duration // 0 = none
 
 	// Guarded by waiting.mu.
-	first, last *acceptedConn
+	first, last *Conn
 	timer       *time.Timer
 	armed       bool // the timer is running
 	closed      bool // the config has ended
 }
 
-func newWaitingList(limit time.Duration) *waitingList { return &waitingList{limit: limit} }
+// NewWaitingList returns an empty one, with the time that connections get.
+func NewWaitingList(limit time.Duration) *WaitingList { return &WaitingList{limit: limit} }
 
 // place is a connection's in a list; guarded by waiting.mu.
 type place struct {
-	list       *waitingList // nil: it is in none
+	list       *WaitingList // nil: it is in none
 	since      time.Time
 	cut        bool // it was taken off, to be ended
-	prev, next *acceptedConn
+	prev, next *Conn
 }
 
 // add puts c at the end of the list.
-func (w *waitingList) add(c *acceptedConn) {
+func (w *WaitingList) add(c *Conn) {
 	waiting.mu.Lock()
 	defer waiting.mu.Unlock()
 	c.place = place{list: w, since: time.Now(), prev: w.last}
@@ -60,7 +61,7 @@ func (w *waitingList) add(c *acceptedConn) {
 	}
 }
 
-func (w *waitingList) armLocked(d time.Duration) {
+func (w *WaitingList) armLocked(d time.Duration) {
 	w.armed = true
 	if w.timer == nil {
 		w.timer = time.AfterFunc(d, w.expire)
@@ -70,7 +71,7 @@ func (w *waitingList) armLocked(d time.Duration) {
 }
 
 // removeLocked takes c off. What it holds is the same since it was added.
-func (w *waitingList) removeLocked(c *acceptedConn) {
+func (w *WaitingList) removeLocked(c *Conn) {
 	prev, next := c.place.prev, c.place.next
 	if prev != nil {
 		prev.place.next = next
@@ -92,9 +93,9 @@ func (w *waitingList) removeLocked(c *acceptedConn) {
 	}
 }
 
-// close says that the config has ended. Connections that are on their way keep
+// Close says that the config has ended. Connections that are on their way keep
 // their time.
-func (w *waitingList) close() {
+func (w *WaitingList) Close() {
 	waiting.mu.Lock()
 	defer waiting.mu.Unlock()
 	w.closed = true
@@ -103,7 +104,7 @@ func (w *waitingList) close() {
 
 // disarmIfDoneLocked stops the timer if nothing is to come. Else it stays, since
 // a list that is empty now and then would set it again and again.
-func (w *waitingList) disarmIfDoneLocked() {
+func (w *WaitingList) disarmIfDoneLocked() {
 	if w.closed && w.first == nil && w.armed {
 		w.timer.Stop()
 		w.armed = false
@@ -111,9 +112,9 @@ func (w *waitingList) disarmIfDoneLocked() {
 }
 
 // expire ends the connections whose time is over.
-func (w *waitingList) expire() {
+func (w *WaitingList) expire() {
 	waiting.mu.Lock()
-	var over []*acceptedConn
+	var over []*Conn
 	now := time.Now()
 	for w.first != nil && now.Sub(w.first.place.since) >= w.limit {
 		c := w.first
@@ -131,9 +132,9 @@ func (w *waitingList) expire() {
 	}
 }
 
-// arrive takes c off its list, if it is in one: it has reached a handler. It
+// Arrive takes c off its list, if it is in one: it has reached a handler. It
 // reports false if c was cut off just before.
-func (c *acceptedConn) arrive() bool {
+func (c *Conn) Arrive() bool {
 	waiting.mu.Lock()
 	defer waiting.mu.Unlock()
 	if w := c.place.list; w != nil {
@@ -144,10 +145,10 @@ func (c *acceptedConn) arrive() bool {
 
 // longestWaiting takes off the connection that has waited longest of those that
 // hold what is wanted, in whichever list; nil if that is less than a grace.
-func longestWaiting(wanted func(holds int32) bool) *acceptedConn {
+func longestWaiting(wanted func(holds int32) bool) *Conn {
 	waiting.mu.Lock()
 	defer waiting.mu.Unlock()
-	var longest *acceptedConn
+	var longest *Conn
 	for w := range waiting.lists {
 		c := w.first
 		for c != nil && !wanted(c.holds.Load()) {
@@ -166,11 +167,25 @@ func longestWaiting(wanted func(holds int32) bool) *acceptedConn {
 }
 
 // waited is how long c has been, or was, in a list.
-func (c *acceptedConn) waited() time.Duration {
+func (c *Conn) waited() time.Duration {
 	waiting.mu.Lock()
 	defer waiting.mu.Unlock()
 	if c.place.since.IsZero() {
 		return 0
 	}
 	return time.Since(c.place.since)
+}
+
+// OnTheirWay returns how many connections have yet to reach a handler, of
+// listeners all of whose connections should, and how many of those hold a pair
+// of files.
+func OnTheirWay() (all, withPair int) {
+	waiting.mu.Lock()
+	defer waiting.mu.Unlock()
+	for w := range waiting.lists {
+		for c := w.first; c != nil; c = c.place.next {
+			all++
+		}
+	}
+	return all, int(waiting.pairs.Load())
 }

@@ -1,4 +1,4 @@
-package tcplb
+package listener
 
 import (
 	"net"
@@ -6,22 +6,22 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
-	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 )
 
-// acceptedConn is a client's connection from a listener of this package. It
+// Conn is a client's connection from a listener of this package. It
 // has its files in the budget from the moment it is accepted until it is
 // closed, also where it never gets as far as the handler.
-type acceptedConn struct {
-	*net.TCPConn
-	from  *entrance
+type Conn struct {
+	*socket.Conn
+	from  *Entrance
 	holds atomic.Int32
 	guest atomic.Int32 // its files of the share for guests
 	taken atomic.Bool
 	place place
 }
 
-// What an acceptedConn holds of the file budget.
+// What a Conn holds of the file budget.
 const (
 	holdsNothing  = iota
 	holdsOverflow // its own file; it will be refused unless there is room by then
@@ -46,7 +46,7 @@ var (
 // claim takes a pair of files or, over the limit, one of those for connections
 // to be refused. Where there is neither, connections that have waited for a
 // grace give way; until there are any it waits, unless it is stopped.
-func (c *acceptedConn) claim(stop <-chan struct{}, waits func()) {
+func (c *Conn) claim(stop <-chan struct{}, waits func()) {
 	if len(claims) == 0 && c.tryClaim() {
 		return
 	}
@@ -56,13 +56,19 @@ func (c *acceptedConn) claim(stop <-chan struct{}, waits func()) {
 		return
 	}
 	defer func() { <-claims }()
-	for wait := minPause; !c.tryClaim() && !isClosed(stop); wait = min(2*wait, maxPause) {
-		waits()
+	if c.tryClaim() {
+		return
+	}
+	waits()
+	for wait := minPause; !isClosed(stop); wait = min(2*wait, maxPause) {
 		pause(wait, stop)
+		if c.tryClaim() {
+			return
+		}
 	}
 }
 
-func (c *acceptedConn) tryClaim() bool {
+func (c *Conn) tryClaim() bool {
 	handed := admitting.Load() > 0 // pairs go to those
 	switch {
 	case !handed && files.Process.AcquireGently(files.PerConnection):
@@ -80,7 +86,7 @@ func (c *acceptedConn) tryClaim() bool {
 // claimAsGuest takes n files for a connection that may stay for good without
 // coming to a tcp_lb handler. Guests may have half of all files together, and
 // don't wait. It reports false if there are none left.
-func (c *acceptedConn) claimAsGuest(n int64) bool {
+func (c *Conn) claimAsGuest(n int64) bool {
 	if !files.Process.AcquireForGuest(n) {
 		return false
 	}
@@ -111,10 +117,10 @@ func evictLongest(wanted func(holds int32) bool) int32 {
 	return c.holds.Swap(holdsNothing) // unless its handler was faster to give it back
 }
 
-// admit reports whether the connection, which has reached a handler, has its
+// Admit reports whether the connection, which has reached a handler, has its
 // pair of files or gets it now. It waits while those that hold the rest have
 // yet to come: they will, or give way.
-func (c *acceptedConn) admit() bool {
+func (c *Conn) Admit() bool {
 	if (c.holds.Load() == holdsPair || admitting.Load() == 0) && c.tryAdmit() {
 		return true
 	}
@@ -143,7 +149,7 @@ func (c *acceptedConn) admit() bool {
 	}
 }
 
-func (c *acceptedConn) tryAdmit() bool {
+func (c *Conn) tryAdmit() bool {
 	held := c.holds.Load()
 	if held != holdsPair {
 		missing := int64(files.PerConnection)
@@ -164,45 +170,51 @@ func (c *acceptedConn) tryAdmit() bool {
 	return true
 }
 
-// NetConn returns the socket.
-func (c *acceptedConn) NetConn() net.Conn { return c.TCPConn }
+// NetConn returns the socket inside, as Go's; nil if that can't be had any more.
+func (c *Conn) NetConn() net.Conn {
+	conn, err := c.Real()
+	if err != nil {
+		return nil
+	}
+	return conn
+}
 
-// takeOver leaves it to the session to end the connection. Until the handler
+// TakeOver leaves it to the session to end the connection. Until the handler
 // returns, caddy-l4 holds a goroutine with a grown stack, a buffer, two maps and
 // more, nearly as much as all else that a connection takes. So the handler
 // returns at once, and the Close that caddy-l4 then calls does nothing.
-func (c *acceptedConn) takeOver() { c.taken.Store(true) }
+func (c *Conn) TakeOver() { c.taken.Store(true) }
 
 // Close closes the connection, unless it was taken over.
-func (c *acceptedConn) Close() error {
+func (c *Conn) Close() error {
 	if c.taken.Load() {
 		return nil
 	}
-	return c.end()
+	return c.End()
 }
 
-// end closes the connection. The one to the backend must be closed by then.
-func (c *acceptedConn) end() error {
-	c.arrive() // or it never will
-	err := c.TCPConn.Close()
+// End closes the connection. The one to the backend must be closed by then.
+func (c *Conn) End() error {
+	c.Arrive() // or it never will
+	err := c.Conn.Close()
 	c.giveBack()
 	return err
 }
 
 // cutOff ends a connection that was taken off its list.
-func (c *acceptedConn) cutOff(why turnedAway) {
+func (c *Conn) cutOff(why turnedAway) {
 	c.from.turnAway(c, why) // so that it is counted when the client gets to know
 	c.reset()
 	c.giveBack()
 }
 
-func (c *acceptedConn) reset() {
+func (c *Conn) reset() {
 	_ = c.SetLinger(0)
-	_ = c.TCPConn.Close()
+	_ = c.Conn.Close()
 }
 
 // giveBack gives back what c holds.
-func (c *acceptedConn) giveBack() {
+func (c *Conn) giveBack() {
 	switch c.holds.Swap(holdsNothing) {
 	case holdsPair:
 		files.Process.Release(files.PerConnection)
@@ -214,14 +226,21 @@ func (c *acceptedConn) giveBack() {
 	files.Process.ReleaseOfGuest(int64(c.guest.Swap(0)))
 }
 
-// acceptedFrom returns the acceptedConn that conn is, or that is somewhere
-// inside; nil if there is none.
-func acceptedFrom(conn net.Conn) *acceptedConn {
-	for conn != nil {
-		if c, ok := conn.(*acceptedConn); ok {
-			return c
-		}
-		conn = relay.Unwrap(conn)
+// pause waits for d, or until stop is closed.
+func pause(d time.Duration, stop <-chan struct{}) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-stop:
 	}
-	return nil
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }

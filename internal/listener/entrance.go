@@ -1,10 +1,11 @@
-package tcplb
+package listener
 
 import (
+	"iter"
 	"sync"
 	"sync/atomic"
 
-	"github.com/caddyserver/caddy/v2"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/notice"
 	"go.uber.org/zap"
 )
 
@@ -25,30 +26,45 @@ var turnedAwayNames = [numTurnedAway]string{
 	noFiles:          "max_connections",
 }
 
-// entrance is the address of a tcp_lb listener, with its books. They last as
+// Entrance is the address of a tcp_lb listener, with its books. They last as
 // long as a config listens there.
-type entrance struct {
+type Entrance struct {
 	address string
+	log     func() *zap.Logger
 	counts  [numTurnedAway]atomic.Uint64
 
-	notice notice
+	notice notice.Notice
 	mu     sync.Mutex
 	told   [numTurnedAway]uint64 // of counts, what has been logged; guarded by mu
 }
 
+// Address returns where it is, host:port.
+func (e *Entrance) Address() string { return e.address }
+
+// TurnedAway yields how many connections were ended there before they reached a
+// handler, by the reason.
+func (e *Entrance) TurnedAway() iter.Seq2[string, uint64] {
+	return func(yield func(reason string, count uint64) bool) {
+		for why, reason := range turnedAwayNames {
+			if !yield(reason, e.counts[why].Load()) {
+				return
+			}
+		}
+	}
+}
+
 // turnAway counts and logs a connection that has been ended: one line each for
 // debugging, and warnings that sum up.
-func (e *entrance) turnAway(c *acceptedConn, why turnedAway) {
+func (e *Entrance) turnAway(c *Conn, why turnedAway) {
 	e.counts[why].Add(1)
-	logger := caddy.Log().Named("tcp_lb")
-	if line := logger.Check(zap.DebugLevel, "closed a connection that had not reached tcp_lb"); line != nil {
+	if line := e.log().Check(zap.DebugLevel, "closed a connection that had not reached tcp_lb"); line != nil {
 		line.Write(zap.String("listener", e.address), zap.Stringer("client", c.RemoteAddr()),
 			zap.Duration("waited", c.waited()), zap.String("reason", turnedAwayNames[why]))
 	}
-	e.notice.add(e.warn)
+	e.notice.Add(e.warn)
 }
 
-func (e *entrance) warn(uint64) {
+func (e *Entrance) warn(uint64) {
 	e.mu.Lock()
 	fields := []zap.Field{zap.String("listener", e.address)}
 	for i := range e.counts {
@@ -57,5 +73,5 @@ func (e *entrance) warn(uint64) {
 		e.told[i] = n
 	}
 	e.mu.Unlock()
-	caddy.Log().Named("tcp_lb").Warn("closed connections that had not reached tcp_lb", fields...)
+	e.log().Warn("closed connections that had not reached tcp_lb", fields...)
 }
