@@ -4,11 +4,16 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
@@ -224,4 +229,108 @@ func TestAcceptSurvivesLackOfFiles(t *testing.T) {
 	require.NoError(t, accepted.Close())
 	require.NoError(t, ln.Close())
 	require.ErrorIs(t, <-failed, net.ErrClosed)
+}
+
+// A connection whose descriptor an event loop has got keeps its files until its
+// end, and its end leaves the descriptor alone.
+func TestDetachedConnectionGivesFilesBack(t *testing.T) {
+	watchLeftovers(t)
+	ln, _, address := listenCovered(t, time.Hour)
+	peer := dialClient(t, address)
+	conn, err := ln.Accept()
+	require.NoError(t, err)
+	c := conn.(*Conn)
+	require.True(t, c.Arrive())
+	require.True(t, c.Admit())
+	c.TakeOver()
+	fd, ok := c.Detach()
+	require.True(t, ok)
+	require.NoError(t, c.Close(), "caddy-l4's, which does nothing")
+	require.EqualValues(t, files.PerConnection, files.Process.Used())
+	_, err = unix.Write(fd, []byte("x"))
+	require.NoError(t, err)
+	expect(t, peer, "x")
+
+	require.NoError(t, unix.Close(fd))
+	expectEOF(t, peer)
+	require.NoError(t, c.End())
+	require.Zero(t, files.Process.Used())
+	require.NoError(t, c.End())
+	require.Zero(t, files.Process.Used(), "once")
+}
+
+// One that is cut while its handler takes the descriptor is closed by one of
+// both, and its files come back once.
+func TestCutWhileItIsDetached(t *testing.T) {
+	watchLeftovers(t)
+	ln, _, address := listenCovered(t, time.Hour)
+	for range 200 {
+		peer := dialClient(t, address)
+		conn, err := ln.Accept()
+		require.NoError(t, err)
+		c := conn.(*Conn)
+		c.wait(2 * grace)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if held := evictLongest(pairHolder); held == holdsPair {
+				files.Process.ReleasePair()
+			}
+		})
+		wg.Go(func() {
+			if !c.Arrive() {
+				return
+			}
+			if fd, ok := c.Detach(); assert.True(t, ok, "nobody cuts what has arrived") {
+				assert.NoError(t, unix.Close(fd))
+			}
+		})
+		wg.Wait()
+		_, err = peer.Read(make([]byte, 1))
+		require.Error(t, err)
+		_ = c.End()
+		require.Zero(t, files.Process.Used())
+		_ = peer.Close()
+	}
+}
+
+// Those who connect and say nothing cost a descriptor and a few hundred bytes:
+// no goroutine, and no place in Go's poller.
+func TestSilentConnectionsCostLittle(t *testing.T) {
+	watchLeftovers(t)
+	const clients = 1000
+	ln, _, address := listenCovered(t, time.Hour)
+	to := ln.Addr().(*net.TCPAddr)
+	goroutines, polled := runtime.NumGoroutine(), polledFiles(t)
+	accepted := make([]net.Conn, clients)
+	for i := range accepted {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = unix.Close(fd) })
+		require.NoError(t, unix.Connect(fd, &unix.SockaddrInet4{Port: to.Port, Addr: [4]byte{127, 0, 0, 1}}))
+		accepted[i], err = ln.Accept()
+		require.NoError(t, err)
+		// As caddy-l4 does before it calls a handler.
+		require.NoError(t, accepted[i].SetReadDeadline(time.Now().Add(time.Hour)))
+		require.NoError(t, accepted[i].SetReadDeadline(time.Time{}))
+		require.Equal(t, address, accepted[i].LocalAddr().String())
+	}
+	require.LessOrEqual(t, runtime.NumGoroutine(), goroutines)
+	require.LessOrEqual(t, polledFiles(t), polled)
+	require.Equal(t, clients, onTheirWay())
+	for _, c := range accepted {
+		require.NoError(t, c.Close())
+	}
+}
+
+// polledFiles counts the descriptors that are in the process's pollers.
+func polledFiles(t testing.TB) (n int) {
+	t.Helper()
+	list, err := os.ReadDir("/proc/self/fdinfo")
+	require.NoError(t, err)
+	for _, f := range list {
+		info, _ := os.ReadFile("/proc/self/fdinfo/" + f.Name()) // one may be closed by now
+		n += strings.Count(string(info), "tfd:")
+	}
+	require.Positive(t, n)
+	return n
 }

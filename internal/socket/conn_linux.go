@@ -74,6 +74,9 @@ func (c *Conn) Real() (net.Conn, error) {
 
 // goSocket turns a descriptor into a socket of Go's, or closes it with a reset.
 func goSocket(fd int) (net.Conn, error) {
+	// For a moment it is blocking: os.NewFile takes it into Go's poller otherwise,
+	// and it is only its copy that has to get there.
+	_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_RDWR)
 	f := os.NewFile(uintptr(fd), "socket")
 	conn, err := net.FileConn(f) // on a copy of the descriptor
 	if err != nil {

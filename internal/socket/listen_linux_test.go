@@ -184,20 +184,26 @@ func BenchmarkAccept(b *testing.B) {
 		_ = setLinger(fd, 0)
 		_ = unix.Close(fd)
 	}
-	b.Run("raw", func(b *testing.B) {
-		l := listen(b, "127.0.0.1:0")
-		b.ReportAllocs()
-		before := used(b)
-		for b.Loop() {
-			peer := connect(b, l.Addr())
-			c, err := l.Accept()
-			require.NoError(b, err)
-			_, _ = c.LocalAddr(), c.RemoteAddr()
-			leave(peer)
-			_ = c.Close()
-		}
-		b.ReportMetric(float64(used(b)-before)/float64(b.N), "cpu-ns/op")
-	})
+	for name, real := range map[string]bool{"raw": false, "raw and made real": true} {
+		b.Run(name, func(b *testing.B) {
+			l := listen(b, "127.0.0.1:0")
+			b.ReportAllocs()
+			before := used(b)
+			for b.Loop() {
+				peer := connect(b, l.Addr())
+				c, err := l.Accept()
+				require.NoError(b, err)
+				_, _ = c.LocalAddr(), c.RemoteAddr()
+				if real {
+					_, err = c.Real()
+					require.NoError(b, err)
+				}
+				leave(peer)
+				_ = c.Close()
+			}
+			b.ReportMetric(float64(used(b)-before)/float64(b.N), "cpu-ns/op")
+		})
+	}
 	b.Run("Go", func(b *testing.B) {
 		config := net.ListenConfig{KeepAlive: -1}
 		ln, err := config.Listen(b.Context(), "tcp", "127.0.0.1:0")
