@@ -149,7 +149,7 @@ func (c *Conn) Close() error {
 // Read reads what is there, and makes a socket of Go's to wait for more.
 func (c *Conn) Read(b []byte) (int, error) {
 	if c.real.Load() == nil {
-		if n, err, done := c.readNow(b); done {
+		if n, done, err := c.readNow(b); done {
 			return n, err
 		}
 	}
@@ -162,24 +162,24 @@ func (c *Conn) Read(b []byte) (int, error) {
 
 // readNow reads from the descriptor. It is not done if that would wait, or c
 // has none.
-func (c *Conn) readNow(b []byte) (n int, err error, done bool) {
+func (c *Conn) readNow(b []byte) (n int, done bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.fd < 0 || !c.readBy.IsZero() && !time.Now().Before(c.readBy) {
-		return 0, nil, false
+		return 0, false, nil
 	}
 	for {
 		n, err = unix.Read(c.fd, b)
 		switch {
 		case err == unix.EINTR:
 		case err == unix.EAGAIN:
-			return 0, nil, false
+			return 0, false, nil
 		case err != nil:
-			return 0, c.failureLocked("read", os.NewSyscallError("read", err)), true
+			return 0, true, c.failureLocked("read", os.NewSyscallError("read", err))
 		case n == 0 && len(b) > 0:
-			return 0, io.EOF, true
+			return 0, true, io.EOF
 		default:
-			return n, nil, true
+			return n, true, nil
 		}
 	}
 }

@@ -10,11 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Await waits until a descriptor is writable or has failed, and may return
-// before. Its error ends the connect: at the deadline (zero = none),
-// os.ErrDeadlineExceeded.
-type Await func(fd int, deadline time.Time) error
-
 // Connect opens a TCP connection, of which Go's poller gets to know nothing.
 // Errors are as net.Dialer has them. The local end is not bound before: a port
 // taken by bind serves one connection only, one taken by connect serves one to

@@ -17,3 +17,8 @@ import (
 
 // KeepAlive is what Go does by default, and accepted connections have.
 var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 15 * time.Second, Count: 9}
+
+// Await waits until a descriptor is writable or has failed, and may return
+// before. Its error ends the connect: at the deadline (zero = none),
+// os.ErrDeadlineExceeded.
+type Await func(fd int, deadline time.Time) error

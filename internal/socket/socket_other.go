@@ -2,7 +2,12 @@
 
 package socket
 
-import "net"
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"time"
+)
 
 // Conn is a TCP connection.
 type Conn struct{ *net.TCPConn }
@@ -15,3 +20,13 @@ func (c *Conn) Real() (net.Conn, error) { return c.TCPConn, nil }
 
 // Detach is Linux's only.
 func (c *Conn) Detach() (fd int, ok bool) { return -1, false }
+
+// Connect is Linux's only: elsewhere it returns errors.ErrUnsupported.
+func Connect(netip.AddrPort, time.Time, Await) (*Conn, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// ConnectUnix is Linux's only, too.
+func ConnectUnix(string, time.Time, Await) (*Conn, error) {
+	return nil, errors.ErrUnsupported
+}
