@@ -32,7 +32,7 @@ func (r *relayed) awaited(t testing.TB) (d *delivery) {
 	eventually(t, func() bool {
 		deliveries.mu.Lock()
 		defer deliveries.mu.Unlock()
-		d = r.relay.awaits
+		d = r.pair.awaits
 		return d != nil
 	}, "a delivery")
 	return d
@@ -58,7 +58,7 @@ func TestDeliveriesShareAGoroutine(t *testing.T) {
 		r.awaited(t)
 	}
 	for _, r := range relays { // what reads from the client is left, and the delivery
-		eventually(t, func() bool { return r.relay.running.Load() == 2 }, "the way that failed has ended")
+		eventually(t, func() bool { return r.pair.running.Load() == 2 }, "the way that failed has ended")
 	}
 	stacks := make([]byte, 64<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
@@ -121,7 +121,7 @@ func TestCutEndsADelivery(t *testing.T) {
 	require.Equal(t, BackendReset, r.reason(t), "which was the reason already")
 	deliveries.mu.Lock()
 	defer deliveries.mu.Unlock()
-	require.Nil(t, r.relay.awaits)
+	require.Nil(t, r.pair.awaits)
 }
 
 func TestDeliveryIsGivenUp(t *testing.T) {
@@ -131,7 +131,7 @@ func TestDeliveryIsGivenUp(t *testing.T) {
 			r, _ := undelivered(t)
 			its := r.awaited(t)
 			d := delivery{relay: its.relay, to: its.to, last: its.last, began: its.began} // to look at it alone
-			d.left, d.moved = unsent(d.to.base), r.relay.up.moved.Load()+r.relay.down.moved.Load()
+			d.left, d.moved = unsent(d.to.base), r.pair.up.moved.Load()+r.pair.down.moved.Load()
 			d.progressed = d.began
 			if after == deliveryLimit {
 				d.progressed = d.began.Add(deliveryLimit)
@@ -156,7 +156,7 @@ func TestResetIsFoundBehindAStalledReceiver(t *testing.T) {
 	write(t, r.client, "x")
 	d := r.awaited(t)
 	require.False(t, d.last)
-	require.Same(t, &r.relay.client, d.to)
+	require.Same(t, &r.pair.client, d.to)
 	deliveries.look(d, time.Now().Add(deliveryPatience)) // the first look is where the patience begins
 	deliveries.look(d, time.Now().Add(3*deliveryPatience))
 	require.Equal(t, BackendReset, r.reason(t))

@@ -154,7 +154,7 @@ func TestSpliceLeftovers(t *testing.T) {
 	for name, lowest := range map[string]int{"small": 16 << 10, "large": 200 << 10} {
 		t.Run(name, func(t *testing.T) {
 			r := startRelay(t, 0, nil)
-			require.NoError(t, control(r.relay.backend.base, func(fd int) error {
+			require.NoError(t, control(r.pair.backend.base, func(fd int) error {
 				return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, lowest)
 			}))
 			require.NoError(t, r.backend.SetReadBuffer(64<<10))
@@ -169,7 +169,7 @@ func TestSpliceLeftovers(t *testing.T) {
 			require.True(t, bytes.Equal(data, got))
 			require.NoError(t, r.backend.Close())
 			require.Equal(t, ClientClosed, r.reason(t))
-			require.Less(t, r.relay.up.pump.most, spliceMax, "it came to that")
+			require.Less(t, r.pair.up.pump.most, spliceMax, "it came to that")
 		})
 	}
 }

@@ -19,33 +19,51 @@ import (
 // ends.
 type relayed struct {
 	client, backend *net.TCPConn
-	relay           *Pair
+	relay           Relay
+	pair            *Pair // nil: it is on a loop
 	received, sent  atomic.Uint64
 	why             chan Reason
 }
 
+// kind is a way to relay, between bare sockets or wrapped ones.
+type kind struct {
+	name string
+	wrap func(net.Conn) net.Conn // nil: bare
+	// looped makes a relay on a loop, and takes the sockets over; nil: it is a Pair.
+	looped func(t testing.TB, client, backend net.Conn, o Options) Relay
+}
+
+// kinds are those that behave alike. Where there are loops, there is one more.
+var kinds = []kind{{name: "bare"}, {name: "wrapped", wrap: hide}}
+
+// eachKind runs the test for all of them.
+func eachKind(t *testing.T, test func(t *testing.T, k kind)) {
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) { test(t, k) })
+	}
+}
+
 func startRelay(t testing.TB, idle time.Duration, wrap func(net.Conn) net.Conn) *relayed {
+	t.Helper()
+	return kind{wrap: wrap}.start(t, idle)
+}
+
+func (k kind) start(t testing.TB, idle time.Duration) *relayed {
 	t.Helper()
 	r := &relayed{why: make(chan Reason, 1)}
 	var nearClient, nearBackend net.Conn
 	r.client, nearClient = tcpPair(t)
 	r.backend, nearBackend = tcpPair(t)
-	if wrap != nil {
-		nearClient = wrap(nearClient)
-	}
-	r.relay = New(nearClient, nearBackend, Options{
-		IdleTimeout: idle,
-		Up:          &r.received,
-		Down:        &r.sent,
-		OnPanic:     func(v any, stack []byte) { t.Errorf("panic: %v\n%s", v, stack) },
-	})
+	k.between(t, r, nearClient, nearBackend, idle)
 	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		r.why <- r.relay.Run()
-		_ = nearClient.Close()
-		_ = nearBackend.Close()
-	}()
+	r.relay.Start(func() {
+		if r.pair != nil {
+			_ = nearClient.Close()
+			_ = nearBackend.Close()
+		}
+		r.why <- r.relay.Reason()
+		close(done)
+	})
 	t.Cleanup(func() {
 		_ = r.client.Close()
 		_ = r.backend.Close()
@@ -56,6 +74,26 @@ func startRelay(t testing.TB, idle time.Duration, wrap func(net.Conn) net.Conn) 
 		}
 	})
 	return r
+}
+
+// between makes the relay, but doesn't start it.
+func (k kind) between(t testing.TB, r *relayed, nearClient, nearBackend net.Conn, idle time.Duration) {
+	t.Helper()
+	o := Options{
+		IdleTimeout: idle,
+		Up:          &r.received,
+		Down:        &r.sent,
+		OnPanic:     func(v any, stack []byte) { t.Errorf("panic: %v\n%s", v, stack) },
+	}
+	if k.looped != nil {
+		r.relay = k.looped(t, nearClient, nearBackend, o)
+		return
+	}
+	if k.wrap != nil {
+		nearClient = k.wrap(nearClient)
+	}
+	r.pair = New(nearClient, nearBackend, o)
+	r.relay = r.pair
 }
 
 func (r *relayed) reason(t testing.TB) Reason {
@@ -74,19 +112,18 @@ type opaque struct{ net.Conn }
 
 func hide(c net.Conn) net.Conn { return opaque{c} }
 
-// variants runs the test over bare sockets and over wrapped ones, and from both
-// sides.
+// variants runs the test over all kinds, and from both sides.
 func variants(t *testing.T, test func(t *testing.T, r *relayed, a, b *net.TCPConn, aIsClient bool)) {
-	for name, wrap := range map[string]func(net.Conn) net.Conn{"bare": nil, "wrapped": hide} {
-		t.Run(name+"/client", func(t *testing.T) {
-			r := startRelay(t, 0, wrap)
+	eachKind(t, func(t *testing.T, k kind) {
+		t.Run("client", func(t *testing.T) {
+			r := k.start(t, 0)
 			test(t, r, r.client, r.backend, true)
 		})
-		t.Run(name+"/backend", func(t *testing.T) {
-			r := startRelay(t, 0, wrap)
+		t.Run("backend", func(t *testing.T) {
+			r := k.start(t, 0)
 			test(t, r, r.backend, r.client, false)
 		})
-	}
+	})
 }
 
 func pickReason(client bool, ifClient, ifBackend Reason) Reason {
@@ -142,90 +179,97 @@ func TestRelayDeliversBeforeReset(t *testing.T) {
 // A reset that first shows in a write must not look like an end of file to the
 // other direction.
 func TestRelayResetSeenByWriter(t *testing.T) {
-	for range 30 {
-		r := startRelay(t, 0, nil)
-		a, b := r.client, r.backend
-		// The relay is stuck in a write to a, which does not read.
-		require.NoError(t, b.SetWriteDeadline(time.Now().Add(50*time.Millisecond)))
-		_, err := b.Write(make([]byte, 64<<20))
-		require.ErrorIs(t, err, os.ErrDeadlineExceeded)
-		require.NoError(t, a.SetLinger(0))
-		require.NoError(t, a.Close())
-		expectReset(t, b)
-		require.Equal(t, ClientReset, r.reason(t))
-	}
+	eachKind(t, func(t *testing.T, k kind) {
+		for range 30 {
+			r := k.start(t, 0)
+			a, b := r.client, r.backend
+			// The relay is stuck in a write to a, which does not read.
+			require.NoError(t, b.SetWriteDeadline(time.Now().Add(50*time.Millisecond)))
+			_, err := b.Write(make([]byte, 64<<20))
+			require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+			require.NoError(t, a.SetLinger(0))
+			require.NoError(t, a.Close())
+			expectReset(t, b)
+			require.Equal(t, ClientReset, r.reason(t))
+		}
+	})
 }
 
 func TestRelayLongStreamsBothWays(t *testing.T) {
 	const size = 20 << 20
 	data := make([]byte, size)
 	fill(data)
-	for name, wrap := range map[string]func(net.Conn) net.Conn{"bare": nil, "wrapped": hide} {
-		t.Run(name, func(t *testing.T) {
-			r := startRelay(t, 0, wrap)
-			results := make(chan error, 4)
-			for _, c := range []*net.TCPConn{r.client, r.backend} {
-				go func() {
-					_, err := c.Write(data)
-					results <- errors.Join(err, c.CloseWrite())
-				}()
-				go func() {
-					got, err := io.ReadAll(c)
-					if err == nil && !bytes.Equal(got, data) {
-						err = errors.New("other bytes")
-					}
-					results <- err
-				}()
-			}
-			for range cap(results) {
-				require.NoError(t, <-results)
-			}
-			require.True(t, r.reason(t).orderly())
-			require.EqualValues(t, size, r.received.Load())
-			require.EqualValues(t, size, r.sent.Load())
-			require.EqualValues(t, size, r.relay.up.moved.Load())
-		})
-	}
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		results := make(chan error, 4)
+		for _, c := range []*net.TCPConn{r.client, r.backend} {
+			go func() {
+				_, err := c.Write(data)
+				results <- errors.Join(err, c.CloseWrite())
+			}()
+			go func() {
+				got, err := io.ReadAll(c)
+				if err == nil && !bytes.Equal(got, data) {
+					err = errors.New("other bytes")
+				}
+				results <- err
+			}()
+		}
+		for range cap(results) {
+			require.NoError(t, <-results)
+		}
+		require.True(t, r.reason(t).orderly())
+		require.EqualValues(t, size, r.received.Load())
+		require.EqualValues(t, size, r.sent.Load())
+		up, down := r.relay.Moved()
+		require.EqualValues(t, size, up)
+		require.EqualValues(t, size, down)
+	})
 }
 
 // Small and large writes in turn go in and out of bulk mode.
 func TestRelayMixedSizes(t *testing.T) {
-	r := startRelay(t, 0, nil)
-	rnd := rand.New(rand.NewPCG(3, 4))
-	for range 300 {
-		n := 1 + rnd.IntN(100)
-		if rnd.IntN(3) == 0 {
-			n = 1 + rnd.IntN(1<<20)
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		rnd := rand.New(rand.NewPCG(3, 4))
+		for range 300 {
+			n := 1 + rnd.IntN(100)
+			if rnd.IntN(3) == 0 {
+				n = 1 + rnd.IntN(1<<20)
+			}
+			sent := make([]byte, n)
+			fill(sent)
+			errs := make(chan error, 1)
+			go func() {
+				_, err := r.client.Write(sent)
+				errs <- err
+			}()
+			got := make([]byte, n)
+			_, err := io.ReadFull(r.backend, got)
+			require.NoError(t, err)
+			require.NoError(t, <-errs)
+			require.True(t, bytes.Equal(sent, got))
 		}
-		sent := make([]byte, n)
-		fill(sent)
-		errs := make(chan error, 1)
-		go func() {
-			_, err := r.client.Write(sent)
-			errs <- err
-		}()
-		got := make([]byte, n)
-		_, err := io.ReadFull(r.backend, got)
-		require.NoError(t, err)
-		require.NoError(t, <-errs)
-		require.True(t, bytes.Equal(sent, got))
-	}
-	require.NoError(t, r.client.Close())
-	require.NoError(t, r.backend.Close())
-	require.True(t, r.reason(t).orderly())
-	require.Equal(t, r.received.Load(), r.relay.up.moved.Load())
+		require.NoError(t, r.client.Close())
+		require.NoError(t, r.backend.Close())
+		require.True(t, r.reason(t).orderly())
+		up, _ := r.relay.Moved()
+		require.Equal(t, r.received.Load(), up)
+	})
 }
 
 // A reader that never reads stops the writer, and takes no more than the
 // sockets and one buffer or pipe hold.
 func TestRelayBackpressure(t *testing.T) {
-	r := startRelay(t, 0, nil)
-	_ = r.client.SetWriteDeadline(time.Now().Add(time.Second))
-	n, err := r.client.Write(make([]byte, 256<<20))
-	require.Error(t, err, "the writer is stopped")
-	require.Less(t, n, 64<<20)
-	write(t, r.backend, "the other way is free")
-	expect(t, r.client, "the other way is free")
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		_ = r.client.SetWriteDeadline(time.Now().Add(time.Second))
+		n, err := r.client.Write(make([]byte, 256<<20))
+		require.Error(t, err, "the writer is stopped")
+		require.Less(t, n, 64<<20)
+		write(t, r.backend, "the other way is free")
+		expect(t, r.client, "the other way is free")
+	})
 }
 
 // Whoever else has one of the sockets may close it, too: nothing is left open.
@@ -234,9 +278,9 @@ func TestRelayOfWhatAnotherCloses(t *testing.T) {
 		for _, client := range []bool{true, false} {
 			t.Run(name+"/"+map[bool]string{true: "client", false: "backend"}[client], func(t *testing.T) {
 				r := startRelay(t, 0, wrap)
-				closed, other := r.relay.client.base, r.backend
+				closed, other := r.pair.client.base, r.backend
 				if !client {
-					closed, other = r.relay.backend.base, r.client
+					closed, other = r.pair.backend.base, r.client
 				}
 				write(t, r.client, "x")
 				expect(t, r.backend, "x")
@@ -249,18 +293,22 @@ func TestRelayOfWhatAnotherCloses(t *testing.T) {
 }
 
 func TestRelayCountsLive(t *testing.T) {
-	r := startRelay(t, 0, nil)
-	write(t, r.client, "12345")
-	expect(t, r.backend, "12345")
-	eventually(t, func() bool { return r.received.Load() == 5 }, "the count of an open connection")
-	require.Zero(t, r.sent.Load())
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		write(t, r.client, "12345")
+		expect(t, r.backend, "12345")
+		eventually(t, func() bool { return r.received.Load() == 5 }, "the count of an open connection")
+		require.Zero(t, r.sent.Load())
+	})
 }
 
 func TestRelayIdleTimeout(t *testing.T) {
-	r := startRelay(t, 50*time.Millisecond, nil)
-	expectReset(t, r.client)
-	expectReset(t, r.backend)
-	require.Equal(t, IdleTimeout, r.reason(t))
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 50*time.Millisecond)
+		expectReset(t, r.client)
+		expectReset(t, r.backend)
+		require.Equal(t, IdleTimeout, r.reason(t))
+	})
 }
 
 func TestIdleTime(t *testing.T) {
@@ -278,10 +326,10 @@ func TestIdleTime(t *testing.T) {
 func TestRelayIdleTimeoutCountsFromTheLastByte(t *testing.T) {
 	r := startRelay(t, time.Hour, nil)
 	passes := func(d time.Duration) { // as if so much time had passed
-		r.relay.timerMu.Lock()
-		r.relay.idle.since = r.relay.idle.since.Add(-d)
-		r.relay.timerMu.Unlock()
-		r.relay.onTimer()
+		r.pair.timerMu.Lock()
+		r.pair.idle.since = r.pair.idle.since.Add(-d)
+		r.pair.timerMu.Unlock()
+		r.pair.onTimer()
 	}
 	write(t, r.client, "x")
 	expect(t, r.backend, "x")
@@ -297,31 +345,35 @@ func TestRelayIdleTimeoutCountsFromTheLastByte(t *testing.T) {
 }
 
 func TestRelayCut(t *testing.T) {
-	r := startRelay(t, 0, nil)
-	write(t, r.client, "x")
-	expect(t, r.backend, "x")
-	r.relay.Cut(drained)
-	expectReset(t, r.client)
-	expectReset(t, r.backend)
-	require.Equal(t, drained, r.reason(t))
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		write(t, r.client, "x")
+		expect(t, r.backend, "x")
+		r.relay.Cut(drained)
+		expectReset(t, r.client)
+		expectReset(t, r.backend)
+		require.Equal(t, drained, r.reason(t))
+	})
 }
 
 // The backend answers and closes; the client, still sending, gets the answer.
 func TestRelayBackendClosesWhileClientSends(t *testing.T) {
-	r := startRelay(t, 0, nil)
-	write(t, r.client, "request")
-	expect(t, r.backend, "request")
-	write(t, r.backend, "refused, and here is why")
-	require.NoError(t, r.backend.Close())
-	expect(t, r.client, "refused, and here is why")
-	expectEOF(t, r.client)
-	for {
-		if _, err := r.client.Write(make([]byte, 1000)); err != nil {
-			break
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		write(t, r.client, "request")
+		expect(t, r.backend, "request")
+		write(t, r.backend, "refused, and here is why")
+		require.NoError(t, r.backend.Close())
+		expect(t, r.client, "refused, and here is why")
+		expectEOF(t, r.client)
+		for {
+			if _, err := r.client.Write(make([]byte, 1000)); err != nil {
+				break
+			}
+			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(time.Millisecond)
-	}
-	require.Equal(t, BackendClosed, r.reason(t))
+		require.Equal(t, BackendClosed, r.reason(t))
+	})
 }
 
 func TestConclude(t *testing.T) {

@@ -1,0 +1,257 @@
+package relay
+
+import (
+	"io"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// turnBytes is about how much a connection moves each way before others have
+// their turn.
+const turnBytes = 256 << 10
+
+// loopedWay is one of a Looped's two ways.
+type loopedWay struct {
+	src, dst *loopedSide
+	// rest was read and is not written yet, a buffer at most, but for what was
+	// read before the relay began.
+	rest  []byte
+	buf   *[bufferSize]byte // holds rest; nil: it is not of the pool
+	total *atomic.Uint64    // live count of whoever keeps the books
+	moved atomic.Uint64
+	most  int32 // bytes to splice at once
+	full  uint8 // buffers filled in a row
+	small uint8 // small splices in a row
+	flags
+}
+
+type flags struct {
+	readable bool // as far as is known
+	done     bool // nothing is moved any more
+	bulk     bool // splice
+	noSplice bool // the kernel can't, between these two
+	large    bool // the last buffer was no small message
+}
+
+// end ends the way, whatever it still had.
+func (w *loopedWay) end() {
+	w.done = true
+	w.drop()
+}
+
+// drop gives the buffer back.
+func (w *loopedWay) drop() {
+	if w.buf != nil {
+		buffers.Put(w.buf)
+	}
+	w.buf, w.rest = nil, nil
+}
+
+// pump moves one way's bytes until there are none, the destination is full or
+// the turn is over; then it returns true.
+func (r *Looped) pump(w *loopedWay) (more bool) {
+	for left := turnBytes; !w.done && w.dst.writable; {
+		switch {
+		case len(w.rest) > 0:
+			left -= r.writeRest(w)
+		case !w.readable:
+			return false
+		case left <= 0:
+			return true
+		case w.bulk:
+			left -= r.splice(w)
+		default:
+			left -= r.copy(w)
+		}
+	}
+	return false
+}
+
+// count keeps the books for n bytes that were delivered.
+func (r *Looped) count(w *loopedWay, n int) {
+	if n > 0 {
+		w.moved.Add(uint64(n))
+		w.total.Add(uint64(n))
+		r.lastMoved.Store(r.loop.Now())
+	}
+}
+
+// write writes until all is written or the destination takes no more, and
+// returns how much it took. If it has failed, the way is done.
+func (r *Looped) write(w *loopedWay, b []byte) (n int) {
+	for n < len(b) {
+		m, err := writeNow(int(w.dst.fd), b[n:])
+		switch {
+		case err == unix.EAGAIN:
+			w.dst.writable = false
+			return n
+		case err != nil:
+			r.destinationLost(w)
+			return n
+		}
+		n += m
+		r.count(w, m)
+	}
+	return n
+}
+
+func (r *Looped) writeRest(w *loopedWay) int {
+	n := r.write(w, w.rest)
+	if n < len(w.rest) {
+		w.rest = w.rest[n:]
+	} else {
+		w.drop()
+	}
+	return n
+}
+
+// copy relays what one read gets. After one that was large it makes sure that the
+// destination takes it: a receiver that is stuck is not to hold a buffer.
+func (r *Looped) copy(w *loopedWay) int {
+	if w.large && !hasRoom(uintptr(w.dst.fd)) {
+		w.dst.writable = false
+		return 0
+	}
+	buf := r.loop.Buffer()
+	n, err := readNow(int(w.src.fd), buf)
+	switch {
+	case n > 0:
+		w.learn(n, len(buf))
+		// A short read has taken all there was, and more of it would be told; but an
+		// end may have been told before.
+		w.readable = n == len(buf) || w.src.ending
+		if m := r.write(w, buf[:n]); m < n && !w.done {
+			w.keep(buf[m:n])
+		}
+	case err == unix.EAGAIN:
+		w.readable = false
+	case err != nil:
+		r.sourceLost(w, err)
+	default:
+		r.sourceEnded(w)
+	}
+	return n
+}
+
+// learn finds out whether this is a bulk transfer.
+func (w *loopedWay) learn(n, size int) {
+	w.large = n >= smallSplice
+	if n < size {
+		w.full = 0
+	} else {
+		w.full = min(w.full+1, bulkAfter)
+	}
+	w.bulk = w.full >= bulkAfter && !w.noSplice
+}
+
+// keep has b written once the destination takes it.
+func (w *loopedWay) keep(b []byte) {
+	w.buf = buffers.Get().(*[bufferSize]byte)
+	w.rest = w.buf[:copy(w.buf[:], b)]
+}
+
+// splice relays what the destination has room for, without copying it. In the
+// pipe there are bytes only within this call: a receiver that is slow or stuck
+// leaves them in the source's receive queue, which the kernel bounds anyway.
+func (r *Looped) splice(w *loopedWay) int {
+	to := int(w.dst.fd)
+	room, enough := sendRoom(to)
+	if !enough {
+		if poll(to, unix.POLLOUT) == 0 {
+			w.dst.writable = false
+			return 0
+		}
+		room, _ = sendRoom(to)
+	}
+	if w.most == 0 {
+		w.most = spliceFirst
+	}
+	var pp *pipe
+	if room = min(room, int(w.most)); room >= smallSplice {
+		pp = pipes.get()
+	}
+	if pp == nil {
+		return r.copy(w)
+	}
+	n, err := spliceOnce(int(w.src.fd), pp.w, room)
+	if n > 0 {
+		r.emptyPipe(w, pp, n)
+		return n
+	}
+	pipes.put(pp)
+	switch err {
+	case nil:
+		r.sourceEnded(w)
+	case unix.EAGAIN:
+		w.readable = false
+	case unix.EINVAL:
+		w.noSplice, w.bulk = true, false
+	default:
+		r.sourceLost(w, err)
+	}
+	return 0
+}
+
+// emptyPipe delivers the n bytes in the pipe. What the destination doesn't take
+// at once is left in rest.
+func (r *Looped) emptyPipe(w *loopedWay, pp *pipe, n int) {
+	left := n
+	for left > 0 {
+		m, err := spliceOnce(pp.r, int(w.dst.fd), left)
+		if err == unix.EAGAIN {
+			w.dst.writable = false
+			break
+		}
+		if err != nil || m == 0 {
+			pipes.discard(pp) // bytes are stuck in it
+			r.destinationLost(w)
+			return
+		}
+		left -= m
+		r.count(w, m)
+	}
+	if left > 0 && w.takeOut(pp, left) != nil {
+		pipes.discard(pp)
+		r.destinationLost(w)
+		return
+	}
+	pipes.put(pp)
+	w.adapt(n, left)
+}
+
+// takeOut moves what is left in the pipe to memory.
+func (w *loopedWay) takeOut(pp *pipe, left int) error {
+	if left <= bufferSize {
+		w.buf = buffers.Get().(*[bufferSize]byte)
+		w.rest = w.buf[:left]
+	} else {
+		w.rest = make([]byte, left)
+	}
+	for got := 0; got < left; {
+		n, err := readNow(pp.r, w.rest[got:])
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return io.ErrUnexpectedEOF
+		}
+		got += n
+	}
+	return nil
+}
+
+// adapt learns from a splice of n bytes of which so many were left; see
+// pump.adapt.
+func (w *loopedWay) adapt(n, left int) {
+	if left > 0 {
+		w.most = max(smallSplice, int32(n-left))
+	} else {
+		w.most = min(spliceMax, w.most+w.most/8)
+	}
+	if n >= smallSplice {
+		w.small = 0
+	} else if w.small++; w.small >= smallAfter {
+		w.bulk, w.full, w.small = false, 0, 0
+	}
+}
