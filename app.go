@@ -128,6 +128,7 @@ func (a *App) join(ctx caddy.Context, h *Handler) (*generation, error) {
 		return other, nil
 	}
 	g.events = a.events
+	g.refuse = func(t target) error { return refuseCircle(a.servers, g.name, t) }
 	a.generations[h.Name] = g
 	return g, nil
 }
@@ -168,6 +169,9 @@ func (a *App) poolNames() []string { return slices.Sorted(maps.Keys(a.generation
 // Stop takes the config's pools out of work. Connections go on if their backend
 // is in the next config, and for drain_timeout if not.
 func (a *App) Stop() error {
+	for _, g := range a.generations {
+		g.hurrySources()
+	}
 	for _, g := range a.generations {
 		g.stop()
 	}

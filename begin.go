@@ -27,22 +27,27 @@ func (g *generation) begin() {
 const addressesInLog = 3
 
 func (g *generation) logPool(message string) {
-	weights := 0
-	for _, m := range g.config {
+	weights, members := 0, g.members()
+	for _, m := range members {
 		weights += m.weight
 	}
 	addresses := make([]string, 0, addressesInLog+1)
-	for i, m := range g.config {
+	for i, m := range members {
 		if i == addressesInLog {
-			addresses = append(addresses, fmt.Sprintf("and %d more", len(g.config)-i))
+			addresses = append(addresses, fmt.Sprintf("and %d more", len(members)-i))
 			break
 		}
 		addresses = append(addresses, m.target.String())
 	}
+	sources := zap.Skip()
+	if len(g.sources) > 0 {
+		sources = zap.Strings("sources", g.sourceNames())
+	}
 	g.logger.Info(message,
 		zap.String("lb", g.name),
-		zap.Int("backends", len(g.config)),
+		zap.Int("backends", len(members)),
 		zap.Strings("addresses", addresses),
+		sources,
 		zap.Int("sum_of_weights", weights),
 		zap.String("policy", g.policyName),
 		zap.Int("retries", g.retries),
@@ -64,14 +69,14 @@ func (g *generation) connections() int64 {
 
 // checksText says what is checked, and how often.
 func (g *generation) checksText() string {
-	hasPort := func(m member) bool { return m.target.unix == "" }
+	somePort := len(g.sources) > 0 || slices.ContainsFunc(g.config, func(m member) bool { return m.target.unix == "" })
 	c := g.checks
 	switch {
 	case !c.enabled:
 		return "off"
-	case c.port != 0 && slices.ContainsFunc(g.config, hasPort): // a Unix socket has none
+	case c.port != 0 && somePort: // a Unix socket has none
 		return fmt.Sprintf("tcp to port %d every %s", c.port, c.interval)
-	case !slices.ContainsFunc(g.config, hasPort):
+	case !somePort:
 		return fmt.Sprintf("connect every %s", c.interval)
 	default:
 		return fmt.Sprintf("tcp every %s", c.interval)

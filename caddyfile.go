@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"bytes"
 	"fmt"
 	"strconv"
 	"strings"
@@ -8,6 +9,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/mholt/caddy-l4/layer4"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
 )
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens:
@@ -17,6 +20,7 @@ import (
 //		backend <address> [<weight>] [{
 //			weight <0-256>
 //		}]
+//		dynamic <source> [...]
 //		lb_policy <policy> [...]
 //		lb_retries <number>
 //		lb_try_duration <duration>
@@ -49,7 +53,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return err
 		}
 	}
-	if len(h.Backends) == 0 {
+	if len(h.Backends) == 0 && len(h.DynamicBackendsRaw) == 0 {
 		return start.Errf("tcp_lb: no backends: name at least one")
 	}
 	return p.checkIntervals(h)
@@ -185,6 +189,35 @@ func (p *parser) policy(_ spec, h *Handler) error {
 		return p.Errf("lb_policy %s: %v", name, err)
 	}
 	h.loadBalancing().SelectionPolicyRaw = raw
+	return nil
+}
+
+// dynamic reads a source of backends: a module with options of its own.
+func (p *parser) dynamic(_ spec, h *Handler) error {
+	if !p.NextArg() {
+		return p.Errf("dynamic: the value is missing, want a source such as a")
+	}
+	name := p.Val()
+	if err := checkSourceName(name); err != nil {
+		return p.Errf("dynamic %s: %v", name, err)
+	}
+	module, err := caddyfile.UnmarshalModule(p.Dispenser, discovery.Namespace+"."+name)
+	if err != nil {
+		return err // it says what it is of
+	}
+	if _, ok := module.(discovery.Source); !ok {
+		return p.Errf("dynamic %s: module %T is not a source of backends", name, module)
+	}
+	raw, err := layer4.SetModuleNameInline("source", name, caddyconfig.JSON(module, nil))
+	if err != nil {
+		return p.Errf("dynamic %s: %v", name, err)
+	}
+	for _, other := range h.DynamicBackendsRaw {
+		if bytes.Equal(other, raw) {
+			return p.Errf("dynamic %s: the source is listed twice", name)
+		}
+	}
+	h.DynamicBackendsRaw = append(h.DynamicBackendsRaw, raw)
 	return nil
 }
 

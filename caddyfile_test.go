@@ -224,6 +224,7 @@ func TestCaddyfileRefuses(t *testing.T) {
 // validOptions has a valid value of each option but backend.
 var validOptions = map[string]string{
 	"name":                 "web",
+	"dynamic":              "a db.internal 5432",
 	"lb_policy":            "round_robin",
 	"lb_retries":           "3",
 	"lb_try_duration":      "1s",
@@ -270,8 +271,10 @@ func TestCaddyfileRefusesOfEveryOption(t *testing.T) {
 		require.NoError(t, err)
 
 		refused("twice", option, 2, []string{valid, valid}, "twice")
-		refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
-		refused("extra value", option, 1, []string{valid + " more"}, value, `"more"`)
+		if option != "dynamic" { // whose values and block are the source's
+			refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
+			refused("extra value", option, 1, []string{valid + " more"}, value, `"more"`)
+		}
 		if value != "" {
 			refused("missing value", option, 1, []string{option}, "missing")
 			refused("missing value before another option", option, 1, []string{option, "backend b:80"}, "missing")

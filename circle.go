@@ -10,19 +10,27 @@ import (
 // checkCircle refuses a backend that is a listener of the pool itself: each
 // connection, and each probe, would cause the next one until none is left.
 func checkCircle(servers []*layer4Server, h *Handler) error {
+	for _, b := range h.Backends {
+		t, err := parseTarget(b.Address)
+		if err != nil {
+			return err
+		}
+		if err := refuseCircle(servers, h.Name, t); err != nil {
+			return fmt.Errorf("backend %q: %w: name the server behind it", b.Address, err)
+		}
+	}
+	return nil
+}
+
+// refuseCircle is checkCircle for one backend of the pool.
+func refuseCircle(servers []*layer4Server, pool string, t target) error {
 	for _, s := range servers {
-		if !slices.Contains(s.pools, h.Name) {
+		if !slices.Contains(s.pools, pool) {
 			continue
 		}
-		for _, b := range h.Backends {
-			t, err := parseTarget(b.Address)
-			if err != nil {
-				return err
-			}
-			for _, a := range s.addresses {
-				if a.takes(t) {
-					return fmt.Errorf("backend %q: it is the pool's own listener, %s, and each connection would cause the next one: name the server behind it", b.Address, a.text)
-				}
+		for _, a := range s.addresses {
+			if a.takes(t) {
+				return fmt.Errorf("it is the pool's own listener, %s, and each connection would cause the next one", a.text)
 			}
 		}
 	}

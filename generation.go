@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"context"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -41,6 +42,10 @@ type generation struct {
 	startOnce, stopOnce sync.Once
 	started             chan struct{} // closed by start
 	stopped             chan struct{} // closed by stop
+
+	sources    []*dynamicSource
+	endSources context.CancelFunc // nil before the start
+	refuse     func(target) error // what may not be a backend; nil = anything may
 
 	pool   *pool                      // set by the registry when the generation starts
 	roster atomic.Pointer[[]enrolled] // see members
@@ -97,6 +102,7 @@ func (g *generation) setLogger(l *zap.Logger) {
 func (g *generation) start() {
 	g.startOnce.Do(func() {
 		registry.start(g)
+		g.startSources()
 		close(g.started)
 	})
 }
@@ -108,7 +114,9 @@ func (g *generation) stop() {
 		g.startOnce.Do(func() {})
 		close(g.stopped)
 		if isClosed(g.started) {
+			g.endSources()
 			registry.stop(g)
+			g.awaitSources()
 		}
 	})
 }

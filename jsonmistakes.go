@@ -44,6 +44,8 @@ const (
 	jsonTCPCheck = "checks are TCP connects, see health_checks.active.interval and health_checks.active.port"
 )
 
+const exampleSources = `[{"source":"a","name":"db.internal","port":5432}]`
+
 // checksOffJSON is what turns checks off, by the value that was meant to.
 var checksOffJSON = map[string]string{
 	"health_checks": `{"active":{"disabled":true}}`, "health_checks.active": `{"disabled":true}`,
@@ -53,7 +55,7 @@ var checksOffJSON = map[string]string{
 // meantFields says what to write for names that other balancers, and other
 // handlers of Caddy have: a field, or a hint. See meantInJSON.
 var meantFields = map[string]string{
-	"servers": "backends", "upstreams": "backends", "upstream": "backends",
+	"servers": "backends", "upstreams": "backends", "upstream": "backends", "dynamic_upstreams": "dynamic_backends",
 	"policy": "write load_balancing.selection_policy", "selection_policy": "write load_balancing.selection_policy",
 	"retries": "write load_balancing.retries", "try_duration": "write load_balancing.try_duration", "try_interval": "write load_balancing.try_interval",
 	"interval": "write health_checks.active.interval",
@@ -157,6 +159,8 @@ func wanted(path string, raw json.RawMessage, t reflect.Type) string {
 		return `want a duration such as "10s"` + durationHint(s, text)
 	case t == reflect.TypeFor[caddy.Duration]():
 		return `want a duration such as "10s"`
+	case t == reflect.TypeFor[[]json.RawMessage]():
+		return "want a list such as " + exampleSources
 	case t.Kind() == reflect.Bool:
 		return "want true or false"
 	case t.Kind() == reflect.Int && text != "":

@@ -10,6 +10,8 @@ import (
 	"unicode"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 )
 
@@ -43,7 +45,7 @@ const (
 var meantOptions = map[string]string{
 	"to": meantBackend, "upstream": meantBackend, "upstreams": meantBackend, "dial": meantBackend, "server": meantBackend, "servers": meantBackend,
 	"backends": meantBackend, "address": meantBackend, "addresses": meantBackend, "host": meantBackend, "target": meantBackend, "targets": meantBackend,
-	"member": meantBackend, "proxy_pass": meantBackend, "proxy": meantBackend, "dynamic": meantBackend,
+	"member": meantBackend, "proxy_pass": meantBackend, "proxy": meantBackend,
 	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": noBackup,
 
 	"lb": "lb_policy", "policy": "lb_policy", "balance": "lb_policy", "algorithm": "lb_policy", "lb_algorithm": "lb_policy", "method": "lb_policy",
@@ -182,14 +184,26 @@ var meantPolicies = map[string]string{
 
 // checkPolicyName refuses a policy that nothing provides.
 func checkPolicyName(name string) error {
+	return checkModuleName("policy", policyNamespace, name, meantPolicies)
+}
+
+// meantSources has what is meant by the names of others for sources of backends.
+var meantSources = map[string]string{"aaaa": "a", "dns": "a", "host": "a", "A": "a", "SRV": "srv", "upstreams": "a"}
+
+// checkSourceName refuses a source of backends that nothing provides.
+func checkSourceName(name string) error {
+	return checkModuleName("source", discovery.Namespace, name, meantSources)
+}
+
+func checkModuleName(what, namespace, name string, meant map[string]string) error {
 	var there []string
-	for _, m := range caddy.GetModules(policyNamespace) {
+	for _, m := range caddy.GetModules(namespace) {
 		there = append(there, m.ID.Name())
 	}
 	if slices.Contains(there, name) {
 		return nil
 	}
-	return fmt.Errorf("%s", unknown("policy", name, there, meantPolicies))
+	return fmt.Errorf("%s", unknown(what, name, there, meant))
 }
 
 // valueHint says what could be meant by a value that is no number or duration;

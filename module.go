@@ -24,8 +24,12 @@ type Handler struct {
 	// Name labels the pool in metrics, logs and the admin API. Placeholders are
 	// resolved once, when the config is loaded. Default: "tcp_lb".
 	Name string `json:"name,omitempty"`
-	// Backends are the servers to choose from, at least one.
+	// Backends are the servers to choose from, at least one unless there is a source
+	// of them.
 	Backends []BackendConfig `json:"backends,omitempty"`
+	// DynamicBackendsRaw are sources of further backends, modules: each address
+	// that one finds is a backend until it is found no more.
+	DynamicBackendsRaw []json.RawMessage `json:"dynamic_backends,omitempty" caddy:"namespace=layer4.tcp_lb.sources inline_key=source"`
 	// LoadBalancing says how a backend is chosen, and what happens when it can't
 	// be reached.
 	LoadBalancing *LoadBalancing `json:"load_balancing,omitempty"`

@@ -50,6 +50,9 @@ func init() {
 		{spec{name: "backend", values: "<address> [<weight>]", path: "backends", unset: "weight 1", repeats: true,
 			help: "a backend; options of its own stand in a block, the weight may stand there, too"},
 			kind[Handler]{read: (*parser).backend, check: checkBackends}},
+		{spec{name: "dynamic", values: "<source> [...]", path: "dynamic_backends", unset: "none", repeats: true,
+			help: "backends that come and go: each address that the source finds is one"},
+			kind[Handler]{read: (*parser).dynamic, show: sourcesText}},
 
 		{spec{name: "lb_policy", values: "<policy> [...]", path: "load_balancing.selection_policy", unset: "`round_robin`",
 			help: "who gets a connection: `round_robin`, `least_conn`, `random`, `random_choose`, `first` or `ip_hash`, all by weight but `first`; see [Policies](docs/policies.md)"},

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -71,6 +72,9 @@ const (
 func (g *generation) availability() availability {
 	a := noneAvailable
 	members := g.members()
+	if len(members) == 0 && slices.ContainsFunc(g.sources, func(s *dynamicSource) bool { return !s.told.Load() }) {
+		return untoldOfOthers
+	}
 	barred := 0
 	for _, m := range members {
 		b := m.Backend

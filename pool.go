@@ -112,12 +112,14 @@ func (r *poolRegistry) start(g *generation) {
 	r.departed.prune(time.Now())
 	p := r.poolLocked(g.name)
 	var prev Picker
-	if old := p.newest.Load(); old != nil {
+	old := p.newest.Load()
+	if old != nil {
 		prev = old.currentPicker()
 	}
 	g.pool = p
 	p.generations = append(p.generations, g)
-	t, _ := r.enrollLocked(p, g, g.config, time.Time{})
+	g.succeedLocked(old)
+	t, _ := r.enrollLocked(p, g, g.wantedLocked(), time.Time{})
 	p.setNewestLocked(g)
 	r.settleLocked(p, &t)
 	g.inherit(prev)

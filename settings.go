@@ -71,9 +71,10 @@ func checkName(option, name string) error {
 	return nil
 }
 
-// checkBackends refuses an empty list, a bad entry and one listed twice.
+// checkBackends refuses an empty list, unless there is a source of backends, a bad
+// entry and one listed twice.
 func checkBackends(_ string, h *Handler) error {
-	if len(h.Backends) == 0 {
+	if len(h.Backends) == 0 && len(h.DynamicBackendsRaw) == 0 {
 		return errors.New("no backends: want at least one")
 	}
 	seen := make(map[string]bool, len(h.Backends))
@@ -115,8 +116,13 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 	if !ok {
 		return nil, fmt.Errorf("tcp_lb %q: module %T is not a selection policy", h.Name, policy)
 	}
+	sources, err := h.loadSources(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("tcp_lb %q: %w", h.Name, err)
+	}
 	a := h.HealthChecks.Active
 	g := &generation{
+		sources:     sources,
 		name:        h.Name,
 		fingerprint: fingerprint,
 		policy:      selection,
