@@ -43,10 +43,14 @@ func (*adminAPI) Routes() []caddy.AdminRoute {
 type backendStatus struct {
 	LB               string     `json:"lb"`
 	Address          string     `json:"address"`
-	Weight           int64      `json:"weight"`  // 0 = no new connections go to it, or it left the config and is being drained
-	Healthy          bool       `json:"healthy"` // new connections may go to it
-	Health           string     `json:"health"`  // up, down, or unchecked: checks are off or have yet to tell
+	Configured       bool       `json:"configured"`       // false = no longer in the config, its connections are being drained
+	Weight           int64      `json:"weight"`           // in the config; 0 if it is not there
+	State            string     `json:"state"`            // set by hand: ready, drain or maint
+	EffectiveWeight  int64      `json:"effective_weight"` // of weight, state and the weight set by hand; 0 = no new connections
+	Healthy          bool       `json:"healthy"`          // false = new connections don't go to it, since checks say so
+	Health           string     `json:"health"`           // up, down, or unchecked: checks are off or have yet to tell
 	Active           uint64     `json:"active"`
+	Connecting       uint64     `json:"connecting"` // connects under way: with none and none active, nobody is there
 	ConnectionsTotal uint64     `json:"connections_total"`
 	ErrorsTotal      uint64     `json:"errors_total"`
 	ReceivedBytes    uint64     `json:"received_bytes"`     // from clients
@@ -76,8 +80,11 @@ type poolSummary struct {
 }
 
 func serveBackends(w http.ResponseWriter, r *http.Request) error {
-	if !isRead(r) {
-		return methodNotAllowed(w, r, "GET, HEAD")
+	switch {
+	case r.Method == http.MethodPatch:
+		return changeBackends(w, r)
+	case !isRead(r):
+		return methodNotAllowed(w, r, "GET, HEAD, PATCH")
 	}
 	set, err := parameters(r, "lb", "address")
 	if err != nil {
@@ -166,10 +173,14 @@ func (b *Backend) status(lb string) backendStatus {
 	s := backendStatus{
 		LB:               lb,
 		Address:          b.address,
+		Configured:       b.used(),
 		Weight:           b.weight.Load(),
+		State:            b.byHand().state.String(),
+		EffectiveWeight:  b.effective.Load(),
 		Healthy:          b.healthy.Load(),
 		Health:           b.health(),
 		Active:           active,
+		Connecting:       uint64(max(b.Load()-int64(active), 0)),
 		ConnectionsTotal: opened,
 		ErrorsTotal:      b.stats.dialErrors(),
 		ReceivedBytes:    b.stats.received.Load(),

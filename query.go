@@ -19,7 +19,7 @@ func badRequest(format string, args ...any) error {
 
 // noneMatched is the answer to a change of what is not there.
 func noneMatched(what string) error {
-	return caddy.APIError{HTTPStatus: http.StatusNotFound, Err: fmt.Errorf("no %s matched", what)}
+	return caddy.APIError{HTTPStatus: http.StatusNotFound, Err: fmt.Errorf("there is no such %s", what)}
 }
 
 // methodNotAllowed is the answer to a method that is not among those allowed.
