@@ -40,42 +40,30 @@ func startBackends() (*backends, error) {
 // runBackend serves two servers of each kind until it is killed, and says where.
 func runBackend() {
 	var addresses []any
-	for _, serve := range []func(*net.TCPConn){echo, echo, source, source, sink, sink} {
+	listen := func() *net.TCPListener {
 		ln, err := net.Listen("tcp", freeAddress())
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
+		check(err)
 		addresses = append(addresses, ln.Addr())
+		return ln.(*net.TCPListener)
+	}
+	go echoes(listen(), listen())
+	for _, serve := range []func(*net.TCPConn){source, source, sink, sink} {
+		ln := listen()
 		go func() {
 			for {
-				c, err := ln.Accept()
+				c, err := ln.AcceptTCP()
 				if err != nil {
 					return
 				}
 				go func() {
 					defer c.Close()
-					serve(c.(*net.TCPConn))
+					serve(c)
 				}()
 			}
 		}()
 	}
 	fmt.Println(addresses...)
 	select {}
-}
-
-// echo sends back what comes, a small buffer at a time.
-func echo(c *net.TCPConn) {
-	buf := make([]byte, 4<<10)
-	for {
-		n, err := c.Read(buf)
-		if err != nil {
-			return
-		}
-		if _, err := c.Write(buf[:n]); err != nil {
-			return
-		}
-	}
 }
 
 // source sends for as long as the client reads.

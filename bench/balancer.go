@@ -23,6 +23,7 @@ type balancer struct {
 	sink    string
 	program string
 	args    []string
+	holds   int // connections at most, as it is configured
 }
 
 // service is what a balancer has to balance: a name, where to listen, and the
@@ -36,7 +37,7 @@ type service struct {
 // All of them check their backends, where they can, and limit connections.
 func balancers(dir string, b *backends) []balancer {
 	var list []balancer
-	add := func(name, program, file string, config func([]service) string, args ...string) {
+	add := func(name, program, file string, holds int, config func([]service) string, args ...string) {
 		path, err := exec.LookPath(program)
 		if err != nil {
 			fmt.Fprintf(os.Stderr, "%s is not installed, left out\n", name)
@@ -57,16 +58,18 @@ func balancers(dir string, b *backends) []balancer {
 			}
 		}
 		list = append(list, balancer{
-			name: name, program: path, args: args,
+			name: name, program: path, args: args, holds: holds,
 			echo: services[0].listen, source: services[1].listen, sink: services[2].listen,
 		})
 	}
-	add("tcp_lb", *caddy, "tcp_lb.json", tcpLB("tcp_lb/"), "run", "--config", "FILE")
-	add("tcp_lb on :port", *caddy, "tcp_lb-plain.json", tcpLB(""), "run", "--config", "FILE")
-	add(baseline, *caddy, "proxy.json", caddyProxy, "run", "--config", "FILE")
-	add("HAProxy", "haproxy", "haproxy.cfg", haproxy(""), "-db", "-f", "FILE")
-	add("HAProxy splice", "haproxy", "haproxy-splice.cfg", haproxy("option splice-auto"), "-db", "-f", "FILE")
-	add("nginx", "nginx", "nginx.conf", nginx(dir), "-p", dir, "-c", "FILE")
+	most := mostHeld()
+	add("tcp_lb", *caddy, "tcp_lb.json", most, tcpLB("tcp_lb/"), "run", "--config", "FILE")
+	add("tcp_lb on :port", *caddy, "tcp_lb-plain.json", most, tcpLB(""), "run", "--config", "FILE")
+	add(baseline, *caddy, "proxy.json", most, caddyProxy, "run", "--config", "FILE")
+	add("HAProxy", "haproxy", "haproxy.cfg", most, haproxy(most, ""), "-db", "-f", "FILE")
+	less := most * 3 / 5 // it sets files aside for pipes
+	add("HAProxy splice", "haproxy", "haproxy-splice.cfg", less, haproxy(less, "option splice-auto"), "-db", "-f", "FILE")
+	add("nginx", "nginx", "nginx.conf", most, nginx(dir), "-p", dir, "-c", "FILE")
 	return list
 }
 
@@ -122,9 +125,9 @@ func caddyProxy(services []service) string {
 	})
 }
 
-func haproxy(option string) func([]service) string {
+func haproxy(most int, option string) func([]service) string {
 	return func(services []service) string {
-		config := "global\n\tmaxconn 6000\ndefaults\n\tmode tcp\n\t" + option + "\n" +
+		config := fmt.Sprintf("global\n\tmaxconn %d\ndefaults\n\tmode tcp\n\t%s\n", most+50, option) +
 			"\ttimeout connect 3s\n\ttimeout client 1h\n\ttimeout server 1h\n"
 		for _, s := range services {
 			config += fmt.Sprintf("listen %s\n\tbind %s\n\tbalance roundrobin\n", s.name, s.listen)
@@ -142,7 +145,7 @@ func nginx(dir string) func([]service) string {
 		if _, err := os.Stat("/usr/lib/nginx/modules/ngx_stream_module.so"); err == nil {
 			config += "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n"
 		}
-		config += "worker_rlimit_nofile 18000;\nevents { worker_connections 17000; }\nstream {\n\tproxy_timeout 1h;\n\tproxy_connect_timeout 3s;\n\tproxy_half_close on;\n"
+		config += "" + fmt.Sprintf("events { worker_connections %d; }\n", 2*mostHeld()+100) + "stream {\n\tproxy_timeout 1h;\n\tproxy_connect_timeout 3s;\n\tproxy_half_close on;\n"
 		for _, s := range services {
 			config += "\tupstream " + s.name + " {\n"
 			for _, a := range s.backends {

@@ -11,42 +11,68 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // held is what connections hold while nothing happens: for each, bytes and
-// files of the balancer, and bytes of the kernel.
-type held struct{ resident, kernel, files float64 }
+// files of the balancer, and bytes of the kernel. Of all, it is how many answered
+// in the end.
+type held struct{ resident, kernel, files, answering float64 }
 
-// idle opens n connections and has one message back on each.
+// mostHeld is how many connections can be held: each takes two files of the
+// balancer, and the balancers set some aside.
+func mostHeld() int {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return clients
+	}
+	return max(clients, int(min(limit.Max, 1<<20)/2)-100)
+}
+
+// idle opens n connections and has one message back on each, and another one
+// when all of them have been held. The first quarter is not measured: it takes
+// what the process had to spare since its start, which would hide what small
+// connections cost.
 func idle(p *process, address string, n int, failed *atomic.Int64) (held, error) {
 	message := make([]byte, messageSize)
-	return hold(p, address, n, func(c net.Conn) {
+	answers := func(c net.Conn) bool {
+		_ = c.SetDeadline(time.Now().Add(patience))
 		if trip(c, message) != nil {
 			failed.Add(1)
+			return false
 		}
-	})
+		return true
+	}
+	return hold(p, address, n/4, n, func(c net.Conn) { answers(c) }, answers)
 }
 
 // stick opens n connections to a backend that sends all it can, and reads
 // nothing of it. Of the kernel's memory, that at the clients' and the backends'
 // ends is counted, too.
 func stick(p *process, address string, n int) (held, error) {
-	return hold(p, address, n, func(net.Conn) {})
+	return hold(p, address, 0, n, func(net.Conn) {}, func(net.Conn) bool { return true })
 }
 
-func hold(p *process, address string, n int, begin func(net.Conn)) (held, error) {
-	time.Sleep(settle)
-	before, err := p.holds()
-	if err != nil {
-		return held{}, err
-	}
-	for range n {
+// hold opens n connections, and measures what those after the first so many
+// hold.
+func hold(p *process, address string, first, n int, begin func(net.Conn), answers func(net.Conn) bool) (h held, err error) {
+	var before held
+	conns := make([]net.Conn, 0, n)
+	for i := range n {
+		if i == first {
+			time.Sleep(settle)
+			if before, err = p.holds(); err != nil {
+				return held{}, err
+			}
+		}
 		c, err := net.Dial("tcp", address)
 		if err != nil {
 			return held{}, fmt.Errorf("opening connections to hold: %w", err)
 		}
 		defer c.Close()
 		begin(c)
+		conns = append(conns, c)
 	}
 	after, err := p.holds()
 	for range 100 { // until no more moves
@@ -59,12 +85,18 @@ func hold(p *process, address string, n int, begin func(net.Conn)) (held, error)
 			break
 		}
 	}
-	each := float64(n)
-	return held{
-		(after.resident - before.resident) / each,
-		(after.kernel - before.kernel) / each,
-		(after.files - before.files) / each,
-	}, err
+	each := float64(n - first)
+	h = held{
+		resident: (after.resident - before.resident) / each,
+		kernel:   (after.kernel - before.kernel) / each,
+		files:    (after.files - before.files) / each,
+	}
+	for _, c := range conns {
+		if answers(c) {
+			h.answering++
+		}
+	}
+	return h, err
 }
 
 // holds returns what all of the process holds.

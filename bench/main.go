@@ -30,7 +30,7 @@ var (
 	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
 	scale  = flag.Float64("scale", 1, "factor on the amount of work")
 	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
-	kinds  = flag.String("work", "", "comma-separated kinds of work, of idle, stuck, short, trips, bulk, slow and beside; all if empty")
+	kinds  = flag.String("work", "", "comma-separated kinds of work, of rate, idle, stuck, short, trips, bulk, slow and beside; all if empty")
 	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
 )
 
@@ -42,9 +42,16 @@ func main() {
 	case len(os.Args) == 3 && os.Args[1] == "reader":
 		runReader(os.Args[2])
 		return
+	case len(os.Args) == 6 && os.Args[1] == "client":
+		exitOn(runClient(os.Args[2], os.Args[3], os.Args[4], os.Args[5]))
+		return
 	}
 	flag.Parse()
-	if err := run(); err != nil {
+	exitOn(run())
+}
+
+func exitOn(err error) {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -84,6 +91,13 @@ func run() error {
 			results = append(results, &result{name: b.name, balancer: b})
 		}
 	}
+	rate := 0.0
+	if chosen("rate") && len(results) > 0 {
+		fmt.Fprintln(os.Stderr, "looking for a rate that all can serve")
+		if rate, err = rateFor(results, backends); err != nil {
+			return err
+		}
+	}
 	for round := range *rounds {
 		for _, r := range results {
 			select {
@@ -92,12 +106,12 @@ func run() error {
 			default:
 			}
 			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, *rounds, r.name)
-			if err := r.measure(); err != nil {
+			if err := r.measure(backends, rate); err != nil {
 				return fmt.Errorf("%s: %w", r.name, err)
 			}
 		}
 	}
-	printTables(results)
+	printTables(results, rate)
 	return nil
 }
 
@@ -115,9 +129,17 @@ var metrics = []metric{
 	{"GB down to slow clients, s of CPU", "%.3f"},
 	{"idle connection, KB resident", "%.1f"},
 	{"idle connection, files", "%.2f"},
+	{"idle connections held that answer", "%.0f"},
 	{"stuck download, KB resident", "%.1f"},
 	{"stuck download, KB of all sockets", "%.0f"},
 	{"stuck download, files", "%.2f"},
+	{"connections per second at most", "%.0f"},
+	{"at most, % of the balancer's CPU", "%.0f"},
+	{"at most, % of the others' CPU", "%.0f"},
+	{"at the fixed rate, p50 in ms", "%.2f"},
+	{"at the fixed rate, p99 in ms", "%.2f"},
+	{"at the fixed rate, % of the balancer's CPU", "%.0f"},
+	{"at the fixed rate, % of the others' CPU", "%.0f"},
 	{"short connection, p50 in ms", "%.2f"},
 	{"short connection, p99 in ms", "%.2f"},
 	{"round trip, p50 in ms", "%.3f"},
@@ -135,14 +157,21 @@ type result struct {
 	values   [][]float64 // by round, then metric
 }
 
-// measure gives the balancer its turn, in a new process.
-func (r *result) measure() error {
+// measure gives the balancer its turn, in new processes.
+func (r *result) measure(servers *backends, rate float64) error {
+	var at rated
+	if rate > 0 {
+		var err error
+		if at, err = r.balancer.rated(servers, rate); err != nil {
+			return err
+		}
+	}
 	p, err := r.balancer.start()
 	if err != nil {
 		return err
 	}
 	defer p.stop()
-	values, err := workAll(p, r.balancer)
+	values, err := workAll(p, r.balancer, at)
 	if err != nil {
 		return err
 	}
@@ -160,9 +189,9 @@ func (r *result) median(metric int) float64 {
 	return (column[(n-1)/2] + column[n/2]) / 2
 }
 
-func printTables(results []*result) {
+func printTables(results []*result, rate float64) {
 	base := slices.IndexFunc(results, func(r *result) bool { return r.name == baseline })
-	fmt.Printf("\nMedians of %d rounds, on %s:\n\n", *rounds, machine())
+	fmt.Printf("\nMedians of %d rounds, on %s%s:\n\n", *rounds, machine(), atRate(rate))
 	printTable(results, func(r *result, m int) string { return fmt.Sprintf(metrics[m].format, r.median(m)) })
 	if base < 0 {
 		return
@@ -174,6 +203,13 @@ func printTables(results []*result) {
 		}
 		return ""
 	})
+}
+
+func atRate(rate float64) string {
+	if rate == 0 {
+		return ""
+	}
+	return fmt.Sprintf("; the fixed rate is %.0f connections per second, half of the slowest one's most", rate)
 }
 
 // machine says what the numbers depend on. Congestion control is of it: where

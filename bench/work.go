@@ -30,8 +30,9 @@ func chosen(kind string) bool {
 }
 
 // workAll does all kinds of work through the balancer and returns the metrics.
-func workAll(p *process, b balancer) ([]float64, error) {
+func workAll(p *process, b balancer, at rated) ([]float64, error) {
 	var failed atomic.Int64
+	failed.Store(int64(at.failed))
 	short(b.echo, clients, &failed) // what is needed once is not measured
 
 	connections, trips, volume := 0, 0, int64(0)
@@ -40,7 +41,7 @@ func workAll(p *process, b balancer) ([]float64, error) {
 	var resting, stuck held
 	var err error
 	if chosen("idle") {
-		if resting, err = idle(p, b.echo, scaled(4_000), &failed); err != nil {
+		if resting, err = idle(p, b.echo, min(scaled(9_900), b.holds), &failed); err != nil {
 			return nil, err
 		}
 	}
@@ -88,8 +89,9 @@ func workAll(p *process, b balancer) ([]float64, error) {
 		downCPU * 1e9 / float64(max(1, volume)),
 		upCPU * 1e9 / float64(max(1, volume)),
 		slowCPU * 1e9 / float64(max(1, slowVolume)),
-		resting.resident / 1024, resting.files,
+		resting.resident / 1024, resting.files, resting.answering,
 		stuck.resident / 1024, stuck.kernel / 1024, stuck.files,
+		at.most, at.own, at.others, at.p50, at.p99, at.ownFixed, at.atClient,
 		percentile(shortTimes, 50), percentile(shortTimes, 99),
 		percentile(tripTimes, 50), percentile(tripTimes, 99),
 		percentile(besideTimes, 50), percentile(besideTimes, 99),
