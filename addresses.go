@@ -16,11 +16,6 @@ const fallbackDelay = 300 * time.Millisecond
 // connectFunc connects to one address, by the deadline.
 type connectFunc func(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error)
 
-func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
-	d := net.Dialer{Deadline: deadline, KeepAlive: -1} // see relay.KeepAlive
-	return d.DialContext(ctx, "tcp", to.String())
-}
-
 // connectAny connects to one of the addresses: those of the first one's family
 // in turn and, after fallbackDelay or as soon as all of them have failed, those
 // of the other family beside them. The first connection wins. This is the

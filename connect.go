@@ -1,12 +1,10 @@
 package tcplb
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -137,58 +135,25 @@ func (s *search) round(g *generation) error {
 	return errors.Join(append([]error{errNoBackend}, errs...)...)
 }
 
-// watchAfter is how long a connect may take before it is worth a look whether
-// the client is still there.
-const watchAfter = 50 * time.Millisecond
-
 // dial connects to the backend. A client that leaves meanwhile, or a drain
 // timeout that ends, ends it.
 func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
-	var (
-		connected atomic.Bool
-		watched   = make(chan struct{})
-	)
-	timer := time.AfterFunc(watchAfter, func() {
-		defer close(watched)
-		s.watchDuring(&connected, cancel)
-	})
 	began := time.Now()
-	conn, err := g.dial(ctx, b.target, g.dialTimeout)
+	p := newPatience(s, began)
+	conn, err := g.dial(p, b.target, g.dialTimeout)
 	took := time.Since(began)
-	if !timer.Stop() {
-		connected.Store(true)
-		s.pool.waiters.wake(&s.waiter)
-		<-watched
-	}
-	if s.left != reasonNone || err != nil && ctx.Err() != nil {
+	p.end()
+	if s.left != reasonNone || err != nil && p.Err() != nil {
 		if conn != nil {
 			_ = conn.Close()
 		}
-		return nil, took, context.Cause(ctx)
+		return nil, took, p.cause()
 	}
 	b.setConnect(began.Add(took), err)
 	if err != nil {
 		b.noteFailure(err)
 	}
 	return conn, took, err
-}
-
-// watchDuring cancels a connect that is not to go on. It is dial's, which ends
-// it and waits for it.
-func (s *search) watchDuring(connected *atomic.Bool, cancel context.CancelCauseFunc) {
-	s.pool.waiters.enter(&s.waiter)
-	for !connected.Load() {
-		if s.pool.abandoned() {
-			cancel(errAbandoned)
-			return
-		}
-		if s.left = s.waiter.wait(s.pool.drainLimit()); s.left != reasonNone {
-			cancel(errClientLeft)
-			return
-		}
-	}
 }
 
 // noteFailure counts a connect that failed, and has the backend checked unless

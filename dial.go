@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"time"
 )
@@ -44,19 +45,15 @@ type dialFunc func(ctx context.Context, t target, timeout time.Duration) (net.Co
 // dialTarget is the real dialFunc. A name is looked up at each call, but see
 // hostName for when that does not work, and all its addresses are tried, those
 // of both families side by side. The end of ctx ends it at once.
-//
-// It does not use Dialer.DialTCP, which binds the local end even to no address
-// in particular: a port taken by bind serves one connection only, one taken by
-// connect serves one to each destination.
 func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn, error) {
-	if t.name != nil {
-		return dialName(ctx, t, time.Now().Add(timeout))
+	deadline := time.Now().Add(timeout)
+	switch {
+	case t.name != nil:
+		return dialName(ctx, t, deadline)
+	case t.unix != "":
+		return connectUnix(ctx, t.unix, deadline)
 	}
-	d := net.Dialer{Timeout: timeout, KeepAlive: -1} // see relay.KeepAlive
-	if t.unix != "" {
-		return d.DialContext(ctx, "unix", t.unix)
-	}
-	return d.DialContext(ctx, "tcp", t.text)
+	return connectTCP(ctx, netip.AddrPortFrom(t.literal, t.port), deadline)
 }
 
 func dialName(ctx context.Context, t target, deadline time.Time) (net.Conn, error) {

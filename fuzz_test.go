@@ -109,7 +109,7 @@ func requireInRange(t testing.TB, h *Handler) {
 	}
 	require.NotEmpty(t, h.Name)
 	require.False(t, strings.ContainsFunc(h.Name, unicode.IsControl), "name %q", h.Name)
-	require.NotEmpty(t, h.Backends)
+	require.NotZero(t, len(h.Backends)+len(h.DynamicBackendsRaw))
 	seen := make(map[string]bool)
 	for _, b := range h.Backends {
 		target, err := parseTarget(b.Address)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/loop"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/mholt/caddy-l4/layer4"
@@ -13,6 +14,7 @@ import (
 func init() {
 	caddy.RegisterModule(new(Handler))
 	relay.LimitPipes(int(files.Process.Limit() / 64))
+	loop.Limit(int(min(files.Process.Limit()/64, 64)))
 }
 
 // Handler is a terminal layer4 handler that relays each TCP connection to one

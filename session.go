@@ -10,6 +10,7 @@ import (
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 	"github.com/mholt/caddy-l4/layer4"
 	"go.uber.org/zap"
 )
@@ -24,7 +25,7 @@ type session struct {
 	client    net.Conn
 	leavePool func()      // nil: it was not admitted
 	link                  // to the backend, once it has one
-	relay     *relay.Pair // nil: it never had a backend
+	relay     relay.Relay // nil: it never had a backend
 	began     time.Time
 	why       reason
 	err       error
@@ -45,7 +46,7 @@ func (g *generation) serve(cx *layer4.Connection) {
 		s.relay.Start(s.finish)
 		return
 	}
-	s.relay.Run()
+	s.relay.(*relay.Pair).Run() // others want a connection that can be taken over
 	s.finish()
 }
 
@@ -54,34 +55,56 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 	defer func() {
 		if v := recover(); v != nil {
 			s.pool.logPanic(v, debug.Stack())
-			s.why, ok = reasonError, false
+			if s.relay == nil {
+				s.why, ok = reasonError, false
+				return
+			}
+			s.end(reasonError)
+			ok = true // it is the relay that closes the sockets
 		}
 	}()
 	if s.leavePool, ok = g.admit(cx); !ok {
 		s.why = reasonMaxConnections
 		return false
 	}
-	client := clientConn(cx)
 	s.from = cx.RemoteAddr()
 	find := search{pool: s.pool, request: Request{client: s.from, cx: cx}, began: s.began}
-	find.waiter.client, find.waiter.silent = cx, client != cx && len(cx.MatchingBytes()) == 0
+	find.waiter.client, find.waiter.silent = cx, isBare(cx.Conn) && len(cx.MatchingBytes()) == 0
 	g, s.err = find.find(g)
 	s.link = find.link
 	if s.err != nil {
 		s.why = find.failure(s.err)
 		return false
 	}
-	s.relay = relay.New(client, s.conn, relay.Options{
+	s.prepare(g, cx)
+	if !s.backend.enter(s) {
+		s.end(reasonDrainTimeout)
+	}
+	return true
+}
+
+// prepare makes the relay: on an event loop, which needs neither goroutines nor
+// Go's poller, where there is one and both connections are bare sockets.
+func (s *session) prepare(g *generation, cx *layer4.Connection) {
+	o := relay.Options{
 		IdleTimeout: g.idleTimeout,
 		First:       prefetched(cx),
 		Up:          &s.backend.stats.received,
 		Down:        &s.backend.stats.sent,
 		OnPanic:     s.pool.logPanic,
-	})
-	if !s.backend.enter(s) {
-		s.end(reasonDrainTimeout)
 	}
-	return true
+	if backend, ok := s.conn.(*socket.Conn); ok {
+		if client, ok := cx.Conn.(*listener.Conn); ok {
+			if r := newLooped(client, backend, o); r != nil {
+				s.relay, s.conn = r, nil // which closes it
+				return
+			}
+		}
+		if real, err := backend.Real(); err == nil {
+			s.conn = real
+		}
+	}
+	s.relay = relay.New(clientConn(cx), s.conn, o)
 }
 
 // failure returns the reason of a search that failed with err.
@@ -179,7 +202,7 @@ func (s *session) log(duration time.Duration) {
 // a minute how many at WARN.
 func (s *session) logRefusal(to *voice) {
 	if c := to.logger.Check(zap.DebugLevel, "no backend could be reached"); c != nil {
-		c.Write(zap.String("lb", s.pool.name), zap.Stringer("client", s.client.RemoteAddr()),
+		c.Write(zap.String("lb", s.pool.name), zap.Stringer("client", s.from),
 			zap.Int("attempt", s.attempts), errorField(s.err))
 	}
 	s.pool.refusals.Add(s.pool.warnOfRefusals)
@@ -204,7 +227,7 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 	}
 	fields := []zap.Field{
 		zap.String("lb", s.pool.name),
-		zap.Stringer("client", s.client.RemoteAddr()),
+		zap.Stringer("client", s.from),
 		zap.String("backend", backend),
 		zap.Int("attempts", s.attempts),
 		zap.Duration("dial_time", s.took),
@@ -279,6 +302,15 @@ func clientConn(cx *layer4.Connection) net.Conn {
 		return c
 	}
 	return cx
+}
+
+// isBare reports whether nothing is between the socket and caddy-l4.
+func isBare(conn net.Conn) bool {
+	switch conn.(type) {
+	case *listener.Conn, *net.TCPConn, *net.UnixConn:
+		return true
+	}
+	return false
 }
 
 // prefetched takes out what matchers have read of the client's bytes; nil if

@@ -9,3 +9,6 @@ const Available = false
 
 // Await fails here.
 func Await(int, int16, time.Time, <-chan struct{}) error { return ErrUnavailable }
+
+// Limit does nothing here.
+func Limit(int) {}

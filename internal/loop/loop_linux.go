@@ -60,17 +60,26 @@ type posted struct {
 	what    uint32
 }
 
-var loops = struct {
+var loops struct {
 	once sync.Once
+	most atomic.Int64 // 0 = as many as are of use
 	all  []*Loop
 	next atomic.Uint32
-}{}
+}
+
+// Limit sets how many loops there may be, each of two files: one at least. It is
+// called before the first Acquire.
+func Limit(most int) { loops.most.Store(int64(max(1, most))) }
 
 // Acquire returns a loop that runs, and goes on until Leave is called. It may be
 // called by anybody. It fails where the process has no files to spare.
 func Acquire() (*Loop, error) {
 	loops.once.Do(func() {
-		for range max(1, runtime.GOMAXPROCS(0)/2) {
+		n := max(1, runtime.GOMAXPROCS(0)/2)
+		if most := int(loops.most.Load()); most > 0 {
+			n = min(n, most)
+		}
+		for range n {
 			loops.all = append(loops.all, new(Loop))
 		}
 	})

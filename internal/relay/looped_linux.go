@@ -70,10 +70,16 @@ const (
 // to be started, also if it was cut. After an error, which comes where the process
 // has no files to spare for a loop, they are the caller's.
 func NewLooped(client, backend int, o Options) (*Looped, error) {
-	l, err := loop.Acquire() // finish leaves
+	l, err := loop.Acquire()
 	if err != nil {
 		return nil, err
 	}
+	return NewLoopedOn(l, client, backend, o), nil
+}
+
+// NewLoopedOn does the same on a loop that was acquired, which the relay leaves
+// at its end.
+func NewLoopedOn(l *loop.Loop, client, backend int, o Options) *Looped {
 	r := &Looped{
 		loop:        l,
 		client:      loopedSide{fd: int32(client), closed: ClientClosed, reset: ClientReset},
@@ -85,7 +91,7 @@ func NewLooped(client, backend int, o Options) (*Looped, error) {
 	r.up = loopedWay{src: &r.client, dst: &r.backend, rest: o.First, total: o.Up}
 	r.down = loopedWay{src: &r.backend, dst: &r.client, total: o.Down}
 	r.lastMoved.Store(r.began)
-	return r, nil
+	return r
 }
 
 // Start relays without the caller. What ended does happens in a goroutine of its

@@ -1,0 +1,45 @@
+package tcplb
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/loop"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
+	"golang.org/x/sys/unix"
+)
+
+// connectTCP connects to one address, by the deadline. Go's poller gets to know
+// nothing of it.
+func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
+	return connected(socket.Connect(to, deadline, awaitUnder(ctx)))
+}
+
+func connectUnix(ctx context.Context, path string, deadline time.Time) (net.Conn, error) {
+	return connected(socket.ConnectUnix(path, deadline, awaitUnder(ctx)))
+}
+
+func connected(c *socket.Conn, err error) (net.Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// awaitUnder waits for a connect until ctx ends. Of ctx nothing is asked while
+// the connect is quick, as nearly all are: see patience.
+func awaitUnder(ctx context.Context) socket.Await {
+	return func(fd int, deadline time.Time) error {
+		if soon := time.Now().Add(watchAfter); deadline.IsZero() || soon.Before(deadline) {
+			err := loop.Await(fd, unix.POLLOUT, soon, nil)
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				return err
+			}
+		}
+		return loop.Await(fd, unix.POLLOUT, deadline, ctx.Done())
+	}
+}

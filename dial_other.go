@@ -1,0 +1,26 @@
+//go:build !linux
+
+package tcplb
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// connectTCP connects to one address, by the deadline.
+//
+// It does not use Dialer.DialTCP, which binds the local end even to no address
+// in particular: a port taken by bind serves one connection only, one taken by
+// connect serves one to each destination.
+func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
+	return dialer(deadline).DialContext(ctx, "tcp", to.String())
+}
+
+func connectUnix(ctx context.Context, path string, deadline time.Time) (net.Conn, error) {
+	return dialer(deadline).DialContext(ctx, "unix", path)
+}
+
+// dialer leaves keep-alive probes to relay.KeepAlive.
+func dialer(deadline time.Time) *net.Dialer { return &net.Dialer{Deadline: deadline, KeepAlive: -1} }
