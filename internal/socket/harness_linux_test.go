@@ -62,16 +62,6 @@ func expect(t testing.TB, r io.Reader, s string) {
 	require.Equal(t, s, string(b))
 }
 
-// eventually waits for cond, as long as a hang would take to notice.
-func eventually(t testing.TB, cond func() bool, what string) {
-	t.Helper()
-	for deadline := time.Now().Add(hangTimeout); !cond(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			require.FailNow(t, "never happened: "+what)
-		}
-	}
-}
-
 // polled reports whether a descriptor is in a poller of this process.
 func polled(t testing.TB, fd int) bool {
 	t.Helper()
