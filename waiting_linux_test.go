@@ -358,7 +358,8 @@ func TestReloadWhileClientsAreOnTheirWay(t *testing.T) {
 
 	require.Equal(t, 4*3, countSeries(t, "tcp_lb_listener_connections_closed_total"))
 	reload(t, layer4Config(""))
-	require.Zero(t, countSeries(t, "tcp_lb_listener_connections_closed_total"), "they end with the listener")
+	// An HTTP server's, which Caddy shuts down beside the load, may be there a little longer.
+	eventually(t, func() bool { return countSeries(t, "tcp_lb_listener_connections_closed_total") == 0 }, "they end with the listener")
 }
 
 // acceptsAnew waits until the newest config accepts: the one before may
