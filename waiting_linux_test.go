@@ -65,7 +65,9 @@ func (d *doors) run(t *testing.T, limit string) {
 func (d *doors) child(t *testing.T, limit string) *child {
 	t.Helper()
 	c := startChildWithFiles(t, 256, d.config(fmt.Sprintf(`"listen":%q`, d.admin), limit))
-	eventually(t, func() bool { return listens(d.admin) && listens(d.plain) }, "listening")
+	for _, address := range []string{d.admin, d.plain, d.secure, d.mixed, d.http} { // apps and servers start in any order
+		eventually(t, func() bool { return listens(address) }, "listening")
+	}
 	return c
 }
 
