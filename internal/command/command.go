@@ -33,7 +33,7 @@ handlers, takes backends out of work and brings them back, and cuts connections.
 What is changed here is kept until it is changed again: over reloads, and while
 a backend is away, but not over the end of the process.
 
-The admin endpoint is found as by 'caddy reload': it is that of --address if
+The admin endpoint is found as by 'caddy stop': it is that of --address if
 specified; otherwise it is loaded from the given config file; otherwise the
 default is assumed.
 
@@ -93,6 +93,7 @@ func setUp(cmd *cobra.Command) {
 // run makes f the command's function. Errors go where those of Caddy's other
 // commands go.
 func run(cmd *cobra.Command, f func(*call) (int, error)) *cobra.Command {
+	cmd.DisableFlagsInUseLine = true // Use has them
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		return caddycmd.WrapCommandFuncForCobra(func(caddycmd.Flags) (int, error) {
 			in, err := instanceOf(cmd)

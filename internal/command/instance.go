@@ -34,7 +34,7 @@ const (
 	defaultPort   = 2019
 )
 
-// findInstance finds the admin endpoint as Caddy's other commands do.
+// findInstance finds the admin endpoint as caddy stop does.
 func findInstance(address, configFile, adapter string) (*instance, error) {
 	var config []byte
 	if address == "" && configFile != "" {
