@@ -28,8 +28,6 @@ func TestMain(m *testing.M) {
 		goleak.IgnoreAnyFunction("go.opencensus.io/stats/view.(*worker).start"))
 }
 
-const hangTimeout = 30 * time.Second
-
 // adminEndpoint is one under test's control: it keeps requests, and answers what
 // reply says.
 type adminEndpoint struct {
@@ -138,6 +136,19 @@ web  [2001:db8::1234:5678]:3001  unchecked  left        0   200    567       0  
 		require.EqualError(t, err, want)
 		require.Equal(t, exitNoneMatched, code)
 		require.Empty(t, out)
+	}
+}
+
+// A pool that has left the config takes no connections, as is right. One that waits
+// for its source to find backends is not there yet.
+func TestStatusOfPoolsWithoutBackends(t *testing.T) {
+	for pools, want := range map[string]int{
+		`[{"lb":"old","backends":0,"available":0,"draining":1,"active":3}]`:                0,
+		`[{"lb":"new","backends":0,"available":0,"sources":[{"source":"a db.internal"}]}]`: exitNotReady,
+	} {
+		a := startAdmin(t, answers(map[string]string{"/tcp_lb/pools": pools, "/tcp_lb/backends": "[]"}))
+		_, code, _ := caddyRun(t, "status", "--address", a.address)
+		require.Equal(t, want, code, pools)
 	}
 }
 

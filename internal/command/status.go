@@ -2,6 +2,7 @@ package command
 
 import (
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -46,6 +47,8 @@ type pool struct {
 	MaxConnections   uint64 `json:"max_connections"`
 	ReceivedBytes    uint64 `json:"received_bytes"`
 	SentBytes        uint64 `json:"sent_bytes"`
+
+	Sources []json.RawMessage `json:"sources"` // may find backends
 }
 
 func statusCommand() *cobra.Command {
@@ -112,7 +115,8 @@ func verdict(pools []pool, query url.Values) (int, error) {
 	}
 	var without []string
 	for _, p := range pools {
-		if p.Available == 0 && p.Backends > 0 {
+		inConfig := p.Backends > 0 || len(p.Sources) > 0 // else it left that and is being drained
+		if p.Available == 0 && inConfig {
 			without = append(without, p.LB)
 		}
 	}
