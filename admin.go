@@ -3,11 +3,12 @@ package tcplb
 import (
 	"encoding/json"
 	"net/http"
-	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
 )
 
 func init() {
@@ -47,6 +48,7 @@ type backendStatus struct {
 	Weight           int64      `json:"weight"`           // in the config; 0 if it is not there
 	State            string     `json:"state"`            // set by hand: ready, drain or maint
 	EffectiveWeight  int64      `json:"effective_weight"` // of weight, state and the weight set by hand; 0 = no new connections
+	Source           string     `json:"source,omitempty"` // what found it; empty = the config names it
 	Healthy          bool       `json:"healthy"`          // false = new connections don't go to it, since checks say so
 	Health           string     `json:"health"`           // up, down, or unchecked: checks are off or have yet to tell
 	Active           uint64     `json:"active"`
@@ -64,19 +66,22 @@ type backendStatus struct {
 // poolSummary is one pool as the admin API shows it. Its numbers are those since
 // the pool began, of backends that have left the config, too.
 type poolSummary struct {
-	LB               string `json:"lb"`
-	Backends         int    `json:"backends"`  // in the running config
-	Available        int    `json:"available"` // of those
-	Draining         int    `json:"draining"`  // backends that left the config and have yet to end
-	Active           uint64 `json:"active"`
-	Waiting          int64  `json:"waiting"` // for a backend, or for a connect that takes long
-	ConnectionsTotal uint64 `json:"connections_total"`
-	ErrorsTotal      uint64 `json:"errors_total"` // failed connects
-	RetriesTotal     uint64 `json:"retries_total"`
-	NoBackend        uint64 `json:"no_backend"`      // clients turned away for want of a backend …
-	MaxConnections   uint64 `json:"max_connections"` // … or over the limit
-	ReceivedBytes    uint64 `json:"received_bytes"`  // from clients
-	SentBytes        uint64 `json:"sent_bytes"`      // to clients
+	LB               string             `json:"lb"`
+	Backends         int                `json:"backends"`          // in the running config
+	Available        int                `json:"available"`         // of those
+	Draining         int                `json:"draining"`          // backends that left the config and have yet to end
+	EffectiveWeight  int64              `json:"effective_weight"`  // sum over the backends
+	States           map[string]int     `json:"states"`            // of the backends, as set by hand: how many are ready, drain and maint
+	Sources          []discovery.Status `json:"sources,omitempty"` // of backends, which tell how they fare
+	Active           uint64             `json:"active"`
+	Waiting          int64              `json:"waiting"` // for a backend, or for a connect that takes long
+	ConnectionsTotal uint64             `json:"connections_total"`
+	ErrorsTotal      uint64             `json:"errors_total"` // failed connects
+	RetriesTotal     uint64             `json:"retries_total"`
+	NoBackend        uint64             `json:"no_backend"`      // clients turned away for want of a backend …
+	MaxConnections   uint64             `json:"max_connections"` // … or over the limit
+	ReceivedBytes    uint64             `json:"received_bytes"`  // from clients
+	SentBytes        uint64             `json:"sent_bytes"`      // to clients
 }
 
 func serveBackends(w http.ResponseWriter, r *http.Request) error {
@@ -132,6 +137,8 @@ func (v poolView) summary() poolSummary {
 	s := poolSummary{
 		LB:               v.name,
 		Backends:         len(v.configured),
+		Draining:         len(v.backends) - len(v.configured),
+		States:           map[string]int{"ready": 0, "drain": 0, "maint": 0},
 		ConnectionsTotal: t.connections,
 		ErrorsTotal:      t.errors,
 		RetriesTotal:     t.retries,
@@ -145,13 +152,15 @@ func (v poolView) summary() poolSummary {
 		if b.Available() {
 			s.Available++
 		}
+		s.EffectiveWeight += b.effective.Load()
+		s.States[b.byHand().state.String()]++
 	}
 	for _, b := range v.backends {
 		_, active, _ := b.stats.connections()
 		s.Active += active
-		if !slices.Contains(v.configured, b) {
-			s.Draining++
-		}
+	}
+	if g := v.newest.Load(); g != nil {
+		s.Sources = g.sourceStatuses()
 	}
 	return s
 }
@@ -177,6 +186,7 @@ func (b *Backend) status(lb string) backendStatus {
 		Weight:           b.weight.Load(),
 		State:            b.byHand().state.String(),
 		EffectiveWeight:  b.effective.Load(),
+		Source:           textOf(&b.source),
 		Healthy:          b.healthy.Load(),
 		Health:           b.health(),
 		Active:           active,

@@ -129,6 +129,7 @@ func TestPoolsEndpoint(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(body), &after))
 	require.Len(t, after, 1)
 	s.Backends, s.Available, s.Draining = 1, 1, 1
+	s.EffectiveWeight, s.States = 1, map[string]int{"ready": 1, "drain": 0, "maint": 0}
 	require.Equal(t, s, after[0])
 	for _, c := range held {
 		require.NoError(t, c.Close())

@@ -23,10 +23,11 @@ type Backend struct {
 	// they connecting or open; retired once the backend was dropped from its pool.
 	load atomic.Int64
 
-	hand      atomic.Pointer[hand] // see byHand
-	weight    atomic.Int64         // in the newest config; 0 also once no config names it
-	effective atomic.Int64         // what of that holds; 0 = no new connections
-	given     int                  // the weight that a config gave it last; guarded by the registry
+	hand      atomic.Pointer[hand]   // see byHand
+	weight    atomic.Int64           // in the newest config; 0 also once no config names it
+	effective atomic.Int64           // what of that holds; 0 = no new connections
+	source    atomic.Pointer[string] // what found it; nil = the config named it, the last time
+	given     int                    // the weight that a config gave it last; guarded by the registry
 
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
 	lastError atomic.Pointer[string]

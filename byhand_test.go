@@ -428,3 +428,32 @@ func TestHandDuringTheEnd(t *testing.T) {
 	b.release()
 	require.Empty(t, registry.snapshot())
 }
+
+// What is set by hand is everywhere that one looks.
+func TestHandIsShown(t *testing.T) {
+	f := newFakeNet()
+	g, _ := testGeneration(t, f, func(h *Handler) {
+		h.Backends = []BackendConfig{{Address: one, Weight: new(2)}, {Address: two, Weight: new(4)}, {Address: three}}
+		checksOff(h)
+	})
+	g.start()
+	setState(t, "", one, stateMaint)
+	setHand(t, "", two, handChange{weight: new(7)})
+	for _, c := range []struct {
+		address, state    string
+		weight, effective int64
+	}{{one, "maint", 2, 0}, {two, "ready", 4, 7}, {three, "ready", 1, 1}} {
+		s := backendStatuses(t)[c.address]
+		require.Equal(t, c.state, s.State)
+		require.Equal(t, []int64{c.weight, c.effective}, []int64{s.Weight, s.EffectiveWeight})
+		require.EqualValues(t, c.weight, metric(t, "backend_weight", labels("backend", c.address)))
+		require.EqualValues(t, c.effective, metric(t, "backend_effective_weight", labels("backend", c.address)))
+		for _, state := range stateNames {
+			require.Equal(t, oneIf(state == c.state), metric(t, "backend_state", labels("backend", c.address, "state", state)), state)
+		}
+	}
+	s := registry.snapshot()[0].summary()
+	require.Equal(t, map[string]int{"ready": 2, "drain": 0, "maint": 1}, s.States)
+	require.EqualValues(t, 8, s.EffectiveWeight)
+	require.Equal(t, []int{3, 2, 0}, []int{s.Backends, s.Available, s.Draining})
+}

@@ -298,6 +298,29 @@ func (g *generation) sourceNames() (names []string) {
 	return names
 }
 
+// sourceStatuses are those of the sources that tell.
+func (g *generation) sourceStatuses() (list []discovery.Status) {
+	for _, s := range g.sources {
+		if s.reporter != nil {
+			list = append(list, s.status())
+		}
+	}
+	return list
+}
+
+// status is the source's, which may be anybody's module, under the name that it
+// began with.
+func (s *dynamicSource) status() (status discovery.Status) {
+	defer func() {
+		if recover() != nil {
+			status = discovery.Status{Source: s.name, Error: "it can't tell"}
+		}
+	}()
+	status = s.reporter.Status()
+	status.Source = s.name
+	return status
+}
+
 // sourcesText is the JSON of a handler's sources.
 func sourcesText(h *Handler) string {
 	if len(h.DynamicBackendsRaw) == 0 {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/stretchr/testify/require"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
@@ -433,6 +434,10 @@ func (s *testSource) Run(ctx context.Context, update func([]discovery.Found)) {
 	}
 }
 
+func (s *testSource) Status() discovery.Status {
+	return discovery.Status{Source: "tcp_lb_test" + s.Key, Lookups: map[string]uint64{discovery.StatusSuccess: 1}}
+}
+
 func find(addresses ...string) {
 	foundByTest.Lock()
 	defer foundByTest.Unlock()
@@ -505,4 +510,33 @@ func TestSourcesAreRefused(t *testing.T) {
 	}
 	err := loadOnce(lbConfig(freeAddress(t), `"dynamic_upstreams":[]}`))
 	require.ErrorContains(t, err, `did you mean dynamic_backends?`)
+}
+
+// Sources that tell how they fare are shown with their pool, and counted.
+func TestSourcesAreShown(t *testing.T) {
+	f := newFakeNet()
+	g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
+	s := newToldSource()
+	d := has(g, s)
+	d.name, d.reporter = "a db.internal 80", telling{}
+	has(g, newToldSource()).name = "silent"
+	broken := has(g, newToldSource())
+	broken.name, broken.reporter = "broken", reporting{} // calls nil
+	g.start()
+	(<-s.update)(foundAt(two))
+	statuses := registry.snapshot()[0].summary().Sources
+	require.Len(t, statuses, 2)
+	require.Equal(t, []string{"a db.internal 80", "broken"}, []string{statuses[0].Source, statuses[1].Source})
+	require.EqualValues(t, 3, metric(t, "source_lookups_total", labels("lb", t.Name(), "source", "a db.internal 80", "status", "failure")))
+	require.Equal(t, "a db.internal 80", backendStatuses(t)[two].Source)
+	require.Empty(t, backendStatuses(t)[one].Source)
+	problems, err := testutil.GatherAndLint(gathererOf(collector{}))
+	require.NoError(t, err)
+	require.Empty(t, problems)
+}
+
+type telling struct{}
+
+func (telling) Status() discovery.Status {
+	return discovery.Status{Source: "anything", Lookups: map[string]uint64{discovery.StatusFailure: 3}}
 }

@@ -122,6 +122,7 @@ func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed b
 	h := b.byHand()
 	if named {
 		b.given = m.weight
+		b.source.Store(m.sourceText())
 	}
 	weight := h.weightOr(b.given)
 	b.weight.Store(int64(m.weight))
@@ -131,6 +132,14 @@ func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed b
 	}
 	barred := h.state != stateReady || weight == 0 || g != nil && !named && !b.used()
 	return b.barred.Swap(barred) != barred
+}
+
+// sourceText is what found the member; nil if the config names it.
+func (m member) sourceText() *string {
+	if m.source == "" {
+		return nil
+	}
+	return &m.source
 }
 
 // finish makes the pickers what the change needs, and tells of it as g's. The

@@ -46,6 +46,8 @@ var (
 	descHealthy          = describe("backend_healthy", "Whether the backend's health checks say it is up (1) or down (0).")
 	descChecked          = describe("backend_checked", "Whether health checks say that (1), or the backend is taken to be up without (0), since they are off or have yet to tell.")
 	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 if no new connections go to it, or once it left the config and is being drained.")
+	descEffectiveWeight  = describe("backend_effective_weight", "Weight that holds: the one that was set by hand, else the config's; 0 if no new connections go to the backend, by that, its state, or since it left the config.")
+	descState            = describe("backend_state", "Whether the backend is in the state (1), which is set by hand, or not (0).", "state")
 	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
 	descCheckDuration    = describe("health_check_duration_seconds", "Time that health checks took.")
 	descTransitions      = describe("health_transitions_total", "Changes of the backend's health.", "to")
@@ -66,6 +68,7 @@ var (
 	descPoolCheckTime    = describePool("pool_health_check_duration_seconds", "Time that health checks took, of all backends of the pool.")
 	descFiles            = describeWith(nil, "open_files", "Files that the connections of all pools use.")
 	descFileLimit        = describeWith(nil, "max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.")
+	descLookups          = describeWith([]string{"lb", "source", "status"}, "source_lookups_total", "Finished lookups of sources of backends.")
 	descTurnedAway       = describeWith([]string{"listener", "reason"}, "listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.")
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly, reasonKilled}
 	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
@@ -115,6 +118,11 @@ func (m *emitter) pool(p *pool) {
 	m.gauge(descPoolConnections, float64(p.active.Load()))
 	if g := p.newest.Load(); g != nil {
 		m.gauge(descPoolLimit, float64(g.connections()))
+		for _, s := range g.sourceStatuses() {
+			for status, n := range s.Lookups {
+				m.out <- prometheus.MustNewConstMetric(descLookups, prometheus.CounterValue, float64(n), p.name, s.Source, status)
+			}
+		}
 	}
 }
 
@@ -136,6 +144,10 @@ func (m *emitter) gauges(b *Backend) {
 	m.gauge(descHealthy, oneIf(b.healthy.Load()))
 	m.gauge(descChecked, oneIf(b.isChecked()))
 	m.gauge(descWeight, float64(b.weight.Load()))
+	m.gauge(descEffectiveWeight, float64(b.effective.Load()))
+	for state, name := range stateNames {
+		m.gauge(descState, oneIf(b.byHand().state == handState(state)), name)
+	}
 	m.gauge(descTransitionTime, float64(b.stats.turnedAt.Load())/float64(time.Second))
 }
 

@@ -51,7 +51,8 @@ func exposition(t testing.TB) string {
 // The README's reference names every metric, with its type and labels.
 func TestMetricsReference(t *testing.T) {
 	lb := freeAddress(t)
-	runCaddy(t, lbConfig("tcp_lb/"+lb, backendsJSON(namedServer(t, "a").address)+"}"))
+	find()
+	runCaddy(t, lbConfig("tcp_lb/"+lb, backendsJSON(namedServer(t, "a").address)+`,"dynamic_backends":[{"source":"tcp_lb_test"}]}`))
 	_, err := ask(lb)
 	require.NoError(t, err)
 	requireBooksBalance(t, 1)
