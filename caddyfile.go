@@ -19,6 +19,7 @@ import (
 //		name <name>
 //		backend <address> [<weight>] [{
 //			weight <0-256>
+//			backup
 //		}]
 //		dynamic <source> [...]
 //		lb_policy <policy> [...]

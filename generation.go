@@ -2,7 +2,6 @@ package tcplb
 
 import (
 	"context"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,9 +12,9 @@ import (
 )
 
 // generation is one config's part in a pool: the settings of all its handlers
-// of that name, and the picker over its backends. It is prepared while the
+// of that name, and the pickers over its backends. It is prepared while the
 // config is provisioned, touches shared state only between start and stop, and
-// is immutable but for its members and its picker.
+// is immutable but for its members and its pickers.
 type generation struct {
 	name         string
 	fingerprint  string // the settings in full, to tell two handlers of one name apart
@@ -50,7 +49,7 @@ type generation struct {
 	pool   *pool                      // set by the registry when the generation starts
 	roster atomic.Pointer[[]enrolled] // see members
 
-	picker   atomic.Pointer[selection]
+	pickers  atomic.Pointer[tiers]
 	buildMu  sync.Mutex  // held while building
 	outdated atomic.Bool // availability changed since the last build began
 }
@@ -68,12 +67,6 @@ type member struct {
 type enrolled struct {
 	member
 	Backend *Backend
-}
-
-// selection is a picker, and what it wants to be told.
-type selection struct {
-	picker   Picker
-	observer LoadObserver // nil: nothing
 }
 
 // members returns those of the generation at this moment, the config's first and
@@ -152,49 +145,14 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-func (g *generation) currentPicker() Picker {
-	if s := g.picker.Load(); s != nil {
-		return s.picker
-	}
-	return nil
-}
-
-// pick takes a backend for the connection; nil if none can be had.
-func (g *generation) pick(r *Request) *Backend {
-	s := g.picker.Load()
-	if s == nil || s.picker == nil {
-		return nil
-	}
-	b := r.pickBy(s.picker)
-	if newest := g.pool.newest.Load(); b != nil && newest != g && newest != nil {
-		newest.loadChanged(b)
-	}
-	return b
-}
-
-// loadChanged tells the picker.
-func (g *generation) loadChanged(b *Backend) {
-	s := g.picker.Load()
-	if s == nil || s.observer == nil {
-		return
-	}
-	defer func() {
-		if v := recover(); v != nil {
-			g.logger.Error("panic in the selection policy, which was told of a backend's load",
-				zap.String("lb", g.name), zap.Any("panic", v), zap.ByteString("stack", debug.Stack()))
-		}
-	}()
-	s.observer.LoadChanged(b)
-}
-
-// inherit makes the first picker, with the position of the generation before.
-func (g *generation) inherit(prev Picker) {
+// inherit makes the first pickers, with the positions of the generation before.
+func (g *generation) inherit(prev tiers) {
 	g.buildMu.Lock()
 	defer g.buildMu.Unlock()
 	g.buildLocked(prev)
 }
 
-// rebuild makes a new picker. Calls that come while one is being built are
+// rebuild makes new pickers. Calls that come while one is being built are
 // served by one further build.
 func (g *generation) rebuild() {
 	g.outdated.Store(true)
@@ -207,7 +165,7 @@ func (g *generation) rebuildNow() {
 	g.outdated.Store(true)
 	g.buildMu.Lock()
 	if g.outdated.Swap(false) {
-		g.buildLocked(g.currentPicker())
+		g.buildLocked(g.currentTiers())
 	}
 	g.buildMu.Unlock()
 	g.catchUp()
@@ -216,40 +174,8 @@ func (g *generation) rebuildNow() {
 func (g *generation) catchUp() {
 	for g.outdated.Load() && g.buildMu.TryLock() {
 		for g.outdated.Swap(false) {
-			g.buildLocked(g.currentPicker())
+			g.buildLocked(g.currentTiers())
 		}
 		g.buildMu.Unlock()
 	}
-}
-
-// buildLocked leaves out backends of weight 0, which get no new connections.
-func (g *generation) buildLocked(prev Picker) {
-	members := g.members()
-	available := make([]Candidate, 0, len(members))
-	for _, m := range members {
-		if weight := m.Backend.byHand().weightOr(m.weight); weight > 0 && m.Backend.Available() {
-			available = append(available, Candidate{Backend: m.Backend, Weight: weight})
-		}
-	}
-	s := selection{picker: g.newPicker(available, prev)}
-	s.observer, _ = s.picker.(LoadObserver)
-	g.picker.Store(&s)
-	if s.observer != nil { // it was made from loads that may have changed since
-		for _, c := range available {
-			g.loadChanged(c.Backend)
-		}
-	}
-}
-
-// newPicker asks the policy, which may be anybody's module. Where that panics,
-// round robin serves.
-func (g *generation) newPicker(available []Candidate, prev Picker) (p Picker) {
-	defer func() {
-		if v := recover(); v != nil {
-			g.logger.Error("panic in the selection policy, picking by round robin meanwhile",
-				zap.String("lb", g.name), zap.Any("panic", v), zap.ByteString("stack", debug.Stack()))
-			p = RoundRobin{}.NewPicker(available, prev)
-		}
-	}()
-	return g.policy.NewPicker(available, prev)
 }

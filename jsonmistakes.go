@@ -59,7 +59,7 @@ var meantFields = map[string]string{
 	"policy": "write load_balancing.selection_policy", "selection_policy": "write load_balancing.selection_policy",
 	"retries": "write load_balancing.retries", "try_duration": "write load_balancing.try_duration", "try_interval": "write load_balancing.try_interval",
 	"interval": "write health_checks.active.interval",
-	"dial":     "address", "host": "address", "addr": "address", "backup": noBackup,
+	"dial":     "address", "host": "address", "addr": "address", "backup": "it belongs to a backend: write it beside its address",
 	"passive": jsonPassive, "max_fails": jsonPassive, "uri": jsonTCPCheck, "path": jsonTCPCheck,
 	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": noLimit, "tls": noTLS, "proxy_protocol": noProxyHeader,
 }

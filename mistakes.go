@@ -30,7 +30,7 @@ const (
 	meantPolicy   = "write lb_policy <policy>"
 	meantTCPCheck = "checks are TCP connects, see health_interval and health_port"
 	meantPassive  = "a failed connect has the backend checked at once, see health_fails"
-	noBackup      = "there are no backup backends"
+	meantBackup   = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
 	noLimit       = "there is no limit for a single backend; max_connections is that of all together"
 	noTLS         = "there is no TLS to backends"
 	noProxyHeader = "there is no PROXY protocol to backends"
@@ -46,7 +46,7 @@ var meantOptions = map[string]string{
 	"to": meantBackend, "upstream": meantBackend, "upstreams": meantBackend, "dial": meantBackend, "server": meantBackend, "servers": meantBackend,
 	"backends": meantBackend, "address": meantBackend, "addresses": meantBackend, "host": meantBackend, "target": meantBackend, "targets": meantBackend,
 	"member": meantBackend, "proxy_pass": meantBackend, "proxy": meantBackend,
-	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": noBackup,
+	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": meantBackup,
 
 	"lb": "lb_policy", "policy": "lb_policy", "balance": "lb_policy", "algorithm": "lb_policy", "lb_algorithm": "lb_policy", "method": "lb_policy",
 	"load_balancing": "there are lb_policy, lb_retries, lb_try_duration and lb_try_interval, each on a line of its own", "selection_policy": "lb_policy", "strategy": "lb_policy", "scheduler": "lb_policy",
@@ -87,7 +87,7 @@ var meantOptions = map[string]string{
 
 // meantOfBackend is meantOptions for a backend's block.
 var meantOfBackend = map[string]string{
-	"backup": noBackup, "down": "take the backend out of the config, and reload", "maxconn": noLimit, "max_conn": noLimit, "max_conns": noLimit, "max_connections": noLimit,
+	"down": "take the backend out of the config, and reload", "maxconn": noLimit, "max_conn": noLimit, "max_conns": noLimit, "max_connections": noLimit,
 	"max_requests": noLimit, "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
 	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
 	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
@@ -339,6 +339,8 @@ func backendLineError(address, found, next string) error {
 		return fmt.Errorf("the weight follows the address by itself: write backend %s %s", address, value)
 	case word == "weight":
 		return fmt.Errorf("the weight follows the address by itself: write backend %s <weight>", address)
+	case named(backendOptions, word) != nil:
+		return fmt.Errorf("%s: write it in the block, backend %s { %s }", found, address, strings.TrimSpace(word+" "+value))
 	case word == "max_connections" || meant == "max_connections":
 		return fmt.Errorf("%s: %s", found, noLimit)
 	case word == "check" || meant == setsChecks:

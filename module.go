@@ -64,6 +64,9 @@ type BackendConfig struct {
 	// Weight is the backend's share relative to the others', 0–256. Default: 1;
 	// 0 = it gets no new connections, open ones and checks go on.
 	Weight *int `json:"weight,omitempty"`
+	// Backup keeps the backend back: it takes connections only while none of the
+	// others is available.
+	Backup bool `json:"backup,omitempty"`
 }
 
 // LoadBalancing says how a backend is chosen.

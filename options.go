@@ -109,6 +109,9 @@ func init() {
 		{spec{name: "weight", values: "<0-256>", path: "weight", zero: "no new connections, open ones go on",
 			help: "its share relative to the others'"},
 			asNumber(0, maxWeight, defaultWeight, optional(func(b *BackendConfig) **int { return &b.Weight }))},
+		{spec{name: "backup", path: "backup",
+			help: "takes connections only while no other backend is available"},
+			asFlag(func(b *BackendConfig) *bool { return &b.Backup })},
 	}
 
 	globalOptions = []option[App]{

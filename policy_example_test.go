@@ -12,24 +12,24 @@ import (
 	tcplb "github.com/caddy-tcp-lb/caddy-tcp-lb"
 )
 
-// ByNetwork sends all clients of one network to the same backend, the first one
+// SameNetwork sends all clients of one network to the same backend, the first one
 // behind it in the list that can be taken.
-type ByNetwork struct {
+type SameNetwork struct {
 	// Bits is the length of an IPv4 network's prefix. Default: 24.
 	Bits int `json:"bits,omitempty"`
 }
 
-func init() { caddy.RegisterModule(ByNetwork{}) }
+func init() { caddy.RegisterModule(SameNetwork{}) }
 
-func (ByNetwork) CaddyModule() caddy.ModuleInfo {
+func (SameNetwork) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
-		ID:  "layer4.tcp_lb.selection_policies.by_network",
-		New: func() caddy.Module { return new(ByNetwork) },
+		ID:  "layer4.tcp_lb.selection_policies.same_network",
+		New: func() caddy.Module { return new(SameNetwork) },
 	}
 }
 
 // Provision fills in the default.
-func (p *ByNetwork) Provision(caddy.Context) error {
+func (p *SameNetwork) Provision(caddy.Context) error {
 	if p.Bits == 0 {
 		p.Bits = 24
 	}
@@ -37,17 +37,17 @@ func (p *ByNetwork) Provision(caddy.Context) error {
 }
 
 // NewPicker implements tcplb.SelectionPolicy.
-func (p *ByNetwork) NewPicker(available []tcplb.Candidate, _ tcplb.Picker) tcplb.Picker {
-	return &byNetwork{bits: p.Bits, candidates: available}
+func (p *SameNetwork) NewPicker(available []tcplb.Candidate, _ tcplb.Picker) tcplb.Picker {
+	return &sameNetwork{bits: p.Bits, candidates: available}
 }
 
-type byNetwork struct {
+type sameNetwork struct {
 	bits       int
 	candidates []tcplb.Candidate
 }
 
 // Pick implements tcplb.Picker.
-func (p *byNetwork) Pick(r *tcplb.Request) *tcplb.Backend {
+func (p *sameNetwork) Pick(r *tcplb.Request) *tcplb.Backend {
 	h := fnv.New32a()
 	if network, err := r.Client().Addr().Prefix(p.bits); err == nil {
 		fmt.Fprint(h, network)
@@ -91,7 +91,7 @@ func ExampleSelectionPolicy() {
 			"name": "example",
 			"backends": [{"address": %q}],
 			"health_checks": {"active": {"disabled": true}},
-			"load_balancing": {"selection_policy": {"policy": "by_network", "bits": 16}}
+			"load_balancing": {"selection_policy": {"policy": "same_network", "bits": 16}}
 		}]}]}}}}
 	}`, listen, backend.Addr())
 	if err := caddy.Load([]byte(config), true); err != nil {
@@ -111,6 +111,6 @@ func ExampleSelectionPolicy() {
 
 // Interface guards
 var (
-	_ tcplb.SelectionPolicy = (*ByNetwork)(nil)
-	_ caddy.Provisioner     = (*ByNetwork)(nil)
+	_ tcplb.SelectionPolicy = (*SameNetwork)(nil)
+	_ caddy.Provisioner     = (*SameNetwork)(nil)
 )

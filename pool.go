@@ -111,10 +111,10 @@ func (r *poolRegistry) start(g *generation) {
 	r.mu.Lock()
 	r.departed.prune(time.Now())
 	p := r.poolLocked(g.name)
-	var prev Picker
+	var prev tiers
 	old := p.newest.Load()
 	if old != nil {
-		prev = old.currentPicker()
+		prev = old.currentTiers()
 	}
 	g.pool = p
 	p.generations = append(p.generations, g)
