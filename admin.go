@@ -52,7 +52,9 @@ type backendStatus struct {
 	Healthy          bool       `json:"healthy"`          // false = new connections don't go to it, since checks say so
 	Health           string     `json:"health"`           // up, down, or unchecked: checks are off or have yet to tell
 	Active           uint64     `json:"active"`
-	Connecting       uint64     `json:"connecting"` // connects under way: with none and none active, nobody is there
+	Connecting       uint64     `json:"connecting"`      // connects under way: with none and none active, nobody is there
+	MaxConnections   int64      `json:"max_connections"` // 0 = no limit
+	Backup           bool       `json:"backup"`
 	ConnectionsTotal uint64     `json:"connections_total"`
 	ErrorsTotal      uint64     `json:"errors_total"`
 	ReceivedBytes    uint64     `json:"received_bytes"`     // from clients
@@ -74,12 +76,12 @@ type poolSummary struct {
 	States           map[string]int     `json:"states"`            // of the backends, as set by hand: how many are ready, drain and maint
 	Sources          []discovery.Status `json:"sources,omitempty"` // of backends, which tell how they fare
 	Active           uint64             `json:"active"`
-	Waiting          int64              `json:"waiting"` // for a backend, or for a connect that takes long
+	Waiting          int64              `json:"waiting"` // for a backend to be available, or for a place at one
 	ConnectionsTotal uint64             `json:"connections_total"`
 	ErrorsTotal      uint64             `json:"errors_total"` // failed connects
 	RetriesTotal     uint64             `json:"retries_total"`
 	NoBackend        uint64             `json:"no_backend"`      // clients turned away for want of a backend …
-	MaxConnections   uint64             `json:"max_connections"` // … or over the limit
+	MaxConnections   uint64             `json:"max_connections"` // … or over a limit
 	ReceivedBytes    uint64             `json:"received_bytes"`  // from clients
 	SentBytes        uint64             `json:"sent_bytes"`      // to clients
 }
@@ -142,7 +144,7 @@ func (v poolView) summary() poolSummary {
 		ConnectionsTotal: t.connections,
 		ErrorsTotal:      t.errors,
 		RetriesTotal:     t.retries,
-		Waiting:          v.waiters.n.Load(),
+		Waiting:          v.waiters.waiting.Load(),
 		NoBackend:        v.closed[reasonNoBackend].Load(),
 		MaxConnections:   v.closed[reasonMaxConnections].Load(),
 		ReceivedBytes:    t.received,
@@ -191,6 +193,8 @@ func (b *Backend) status(lb string) backendStatus {
 		Health:           b.health(),
 		Active:           active,
 		Connecting:       uint64(max(b.Load()-int64(active), 0)),
+		MaxConnections:   b.limit.Load(),
+		Backup:           b.backup.Load(),
 		ConnectionsTotal: opened,
 		ErrorsTotal:      b.stats.dialErrors(),
 		ReceivedBytes:    b.stats.received.Load(),

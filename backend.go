@@ -22,6 +22,10 @@ type Backend struct {
 	// load counts the connections that picked the backend and have not ended, be
 	// they connecting or open; retired once the backend was dropped from its pool.
 	load atomic.Int64
+	// limit of load, and whether it is a backup, are those of the newest config that
+	// named it.
+	limit  atomic.Int64 // 0 = none
+	backup atomic.Bool
 
 	hand      atomic.Pointer[hand]   // see byHand
 	weight    atomic.Int64           // in the newest config; 0 also once no config names it
@@ -120,30 +124,54 @@ func (s *stats) dialErrors() (total uint64) {
 // retired is a load below any count.
 const retired = math.MinInt64
 
-// take counts one connection more, and keeps the backend from being retired until
-// that is released. It reports false if the backend is retired already.
-func (b *Backend) take() bool {
+// taking is what came of a take.
+type taking int
+
+const (
+	wasTaken taking = iota
+	wasFull
+	wasGone // the backend is retired
+)
+
+// take counts one connection more, if there is room for it. Until that is
+// released the backend is not retired.
+func (b *Backend) take() taking {
 	for {
-		n := b.load.Load()
-		if n < 0 {
-			return false
-		}
-		if b.load.CompareAndSwap(n, n+1) {
-			return true
+		n, limit := b.load.Load(), b.limit.Load()
+		switch {
+		case n < 0:
+			return wasGone
+		case limit > 0 && n >= limit:
+			return wasFull
+		case b.load.CompareAndSwap(n, n+1):
+			return wasTaken
 		}
 	}
 }
 
-// release takes back a take.
+// release takes back a take. The place goes to the first who waits for one.
 func (b *Backend) release() {
 	p := b.pool // before the last one is gone, and with it perhaps the pool
-	last := b.load.Add(-1) == 0
-	if g := p.newest.Load(); g != nil {
-		g.loadChanged(b)
+	var last bool
+	if b.limit.Load() > 0 {
+		last = p.freePlace(b)
+	} else if last = b.countDown(); b.limit.Load() > 0 { // which it has just got
+		p.review()
 	}
 	if last && !b.used() {
 		registry.retire(b)
 	}
+}
+
+// countDown counts one connection less, and tells the policy. It reports whether
+// that was the last.
+func (b *Backend) countDown() (last bool) {
+	p := b.pool
+	last = b.load.Add(-1) == 0
+	if g := p.newest.Load(); g != nil {
+		g.loadChanged(b)
+	}
+	return last
 }
 
 // used reports whether a running config names the backend.

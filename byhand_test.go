@@ -410,7 +410,7 @@ func TestHandDuringTheEnd(t *testing.T) {
 	})
 	g.start()
 	b := g.members()[0].Backend
-	require.True(t, b.take())
+	require.Equal(t, wasTaken, b.take())
 	g.stop()
 	drain := func() (end time.Time, runs, cut bool) {
 		b.mu.Lock()

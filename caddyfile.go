@@ -20,6 +20,7 @@ import (
 //		backend <address> [<weight>] [{
 //			weight <0-256>
 //			backup
+//			max_connections <number>
 //		}]
 //		dynamic <source> [...]
 //		lb_policy <policy> [...]

@@ -243,7 +243,7 @@ var validOptions = map[string]string{
 }
 
 var (
-	validBackendOptions = map[string]string{"weight": "2"}
+	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100"}
 	validGlobalOptions  = map[string]string{"handshake_timeout": "5s"}
 )
 

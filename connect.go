@@ -13,6 +13,7 @@ import (
 
 var (
 	errNoBackend  = errors.New("no backend available")
+	errFull       = errors.New("every available backend has its max_connections")
 	errClientLeft = errors.New("the client left before it had a backend")
 	errAbandoned  = errors.New("the drain timeout is over")
 	errMoved      = errors.New("the backend left the config meanwhile")
@@ -37,23 +38,28 @@ type search struct {
 	link
 
 	waiter waiter
+	inLine bool        // unless it had its turn meanwhile, see waiter.turn
+	by     *generation // has taken request.taken for it
+	waited time.Duration
 	left   reason // how the client left; reasonNone = it is there
 }
 
 // find connects the client to a backend of g, or of a newer config once there is
 // one. A failed connect moves on at once to a backend that was not tried, up to
 // the number of retries. When none is left, and within tryDuration, it starts
-// over: as soon as a backend becomes available or another config runs, and
-// every tryInterval.
+// over: as soon as it can have a backend or another config runs, and every
+// tryInterval unless all that it waits for is a place.
 //
 // It returns the generation that served in the end. The error joins those of the
-// last round and matches errNoBackend, errClientLeft or errAbandoned. The caller
-// is counted in the pool's active.
+// last round and matches errNoBackend, errFull, errClientLeft or errAbandoned. The
+// caller is counted in the pool's active.
 func (s *search) find(g *generation) (*generation, error) {
-	defer s.pool.waiters.leave(&s.waiter)
+	s.waiter.request, s.waiter.began = &s.request, s.began
+	defer s.end()
 	for {
 		changes := s.pool.changes.Load()
-		err := s.round(g)
+		var err error
+		g, err = s.round(g)
 		if errors.Is(err, errMoved) {
 			if newest := registry.newest(g.name); newest != nil {
 				g = newest
@@ -63,13 +69,23 @@ func (s *search) find(g *generation) (*generation, error) {
 		if err == nil || !errors.Is(err, errNoBackend) {
 			return g, err
 		}
-		wait := min(g.tryInterval, time.Until(s.began.Add(g.tryDuration)))
-		if wait <= 0 {
+		available, room := g.room()
+		full := available && !room && len(s.request.tried) == 0
+		now, until := time.Now(), s.began.Add(g.tryDuration)
+		switch {
+		case now.Before(until):
+		case full:
+			return g, errFull
+		default:
 			g.wantProbes()
 			return g, err
 		}
+		if !full {
+			g.wantProbes()
+			until = earlier(until, now.Add(g.tryInterval))
+		}
 		if !isClosed(g.stopped) {
-			s.wait(g, changes, wait)
+			s.wait(g, changes, until)
 		}
 		if s.left != reasonNone {
 			return g, errClientLeft
@@ -82,30 +98,79 @@ func (s *search) find(g *generation) (*generation, error) {
 	}
 }
 
-// wait returns after the time, when the client has left, or when the pool has
-// changed since the count was taken.
-func (s *search) wait(g *generation, changes uint64, d time.Duration) {
-	s.pool.waiters.enter(&s.waiter)
-	g.wantProbes()
-	if s.pool.changes.Load() == changes {
-		s.left = s.waiter.wait(time.Now().Add(d))
-	}
+// end gives back what the search has and does not need any more.
+func (s *search) end() {
+	s.pool.waiters.leave(&s.waiter)
+	s.request.giveBack()
+	s.pool.noteWait(s.waited)
 }
 
-// round tries each backend at most once.
-func (s *search) round(g *generation) error {
-	var errs []error
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// wait has the client stand in line. It returns when a backend was taken for it,
+// at the time, when it has left, or when the pool has changed since the count was
+// taken.
+func (s *search) wait(g *generation, changes uint64, until time.Time) {
+	s.pool.waiters.enter(&s.waiter)
+	if s.stand(g, false) || s.pool.changes.Load() != changes {
+		return // its turn may have come before it could be woken
+	}
+	began := time.Now()
+	s.left = s.waiter.wait(until)
+	s.waited += time.Since(began)
+}
+
+// stand puts the client in line, and reports whether it has had its turn.
+func (s *search) stand(g *generation, again bool) bool {
+	t := s.pool.stand(&s.waiter, g, again)
+	if t.problem != nil {
+		panic(t.problem)
+	}
+	s.by, s.inLine = t.by, t.by == nil
+	return s.by != nil
+}
+
+// next takes a backend: by the client's turn in line, or at once where nobody
+// waits. It may be one that was tried if this is a new round.
+func (s *search) next(g *generation, again bool) (*generation, *Backend) {
 	r := &s.request
-	r.tried = r.room[:0]
-	for range 1 + g.retries {
-		if s.pool.abandoned() {
-			return errAbandoned
+	if s.by == nil && (s.inLine || s.pool.waiters.waiting.Load() > 0) && !s.stand(g, again) {
+		return g, nil
+	}
+	if s.by == nil {
+		if again {
+			r.tried = r.room[:0]
 		}
-		b := g.pick(r)
-		if b == nil {
+		g.pick(r)
+	} else {
+		g, s.by = s.by, nil
+	}
+	b := r.taken
+	r.taken = nil
+	return g, b
+}
+
+// round tries each backend at most once. It returns the generation whose turn it
+// was in the end.
+func (s *search) round(g *generation) (*generation, error) {
+	var (
+		errs []error
+		r    = &s.request
+	)
+	for try := 0; try <= g.retries; try++ {
+		if s.pool.abandoned() {
+			return g, errAbandoned
+		}
+		var b *Backend
+		if g, b = s.next(g, try == 0); b == nil {
 			break
 		}
-		if n := len(r.tried); n > 0 {
+		if n := len(r.tried); n > 0 && try > 0 {
 			r.tried[n-1].stats.retries.Add(1)
 		}
 		r.tried = append(r.tried, b)
@@ -114,25 +179,25 @@ func (s *search) round(g *generation) error {
 		if err == nil && b.serves() {
 			s.backend, s.conn, s.release, s.took = b, conn, b.release, took
 			b.stats.dialTime.observe(took)
-			return nil
+			return g, nil
 		}
 		if err == nil {
 			_ = conn.Close()
 			b.release()
 			s.attempts-- // it did not fail
 			if registry.newest(g.name) != nil {
-				return errMoved
+				return g, errMoved
 			}
 			continue
 		}
 		b.release()
 		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {
-			return err
+			return g, err
 		}
 		s.noteFailure(g, b, err)
 		errs = append(errs, fmt.Errorf("dialing backend %q: %w", b.address, err))
 	}
-	return errors.Join(append([]error{errNoBackend}, errs...)...)
+	return g, errors.Join(append([]error{errNoBackend}, errs...)...)
 }
 
 // dial connects to the backend. A client that leaves meanwhile, or a drain

@@ -48,7 +48,7 @@ func TestDrainBeginsInOneStep(t *testing.T) {
 	g := run()
 	g.start()
 	b := g.members()[0].Backend
-	require.True(t, b.take())
+	require.Equal(t, wasTaken, b.take())
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for range 2 {

@@ -182,7 +182,7 @@ func TestFoundBackendsSurviveReloads(t *testing.T) {
 	fromA := <-a.update
 	fromA(foundAt(one, two))
 	held := first.members()[0].Backend
-	require.True(t, held.take())
+	require.Equal(t, wasTaken, held.take())
 
 	second := run(b, same)
 	fromB := <-b.update

@@ -13,10 +13,9 @@ var dialBuckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, 
 // request to days.
 var durationBuckets = []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400, 86400}
 
-// backendDialBuckets are the bounds that each backend has: up to these a backend
-// is in the same network, region and continent, and no packet was lost, which
-// costs a second. A scrape repeats them for every backend, so they are few.
-var backendDialBuckets = []float64{.001, .01, .1, 1}
+// backendDialBuckets is the one bound that each backend has: a connect that takes
+// longer is slow for its client to notice. A scrape repeats it for every backend.
+var backendDialBuckets = []float64{.1}
 
 // histogram counts durations in buckets. Observing is lock-free; the buckets
 // are fixed when it is made.
@@ -32,11 +31,11 @@ func (h *histogram) init(bounds []float64, whole *histogram) {
 }
 
 // poolTimes are those of all of a pool's backends together, of which some may
-// have left it.
-type poolTimes struct{ dial, check, duration *histogram }
+// have left it, and of the clients that waited for one.
+type poolTimes struct{ dial, check, duration, wait *histogram }
 
 func newPoolTimes() poolTimes {
-	return poolTimes{newHistogram(dialBuckets), newHistogram(dialBuckets), newHistogram(durationBuckets)}
+	return poolTimes{newHistogram(dialBuckets), newHistogram(dialBuckets), newHistogram(durationBuckets), newHistogram(waitBuckets)}
 }
 
 func newHistogram(bounds []float64) *histogram {

@@ -61,7 +61,7 @@ var meantFields = map[string]string{
 	"interval": "write health_checks.active.interval",
 	"dial":     "address", "host": "address", "addr": "address", "backup": "it belongs to a backend: write it beside its address",
 	"passive": jsonPassive, "max_fails": jsonPassive, "uri": jsonTCPCheck, "path": jsonTCPCheck,
-	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": noLimit, "tls": noTLS, "proxy_protocol": noProxyHeader,
+	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "tls": noTLS, "proxy_protocol": noProxyHeader,
 }
 
 // meantInJSON has what is meant by a name that is no field: an option's name in

@@ -123,6 +123,8 @@ func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed b
 	if named {
 		b.given = m.weight
 		b.source.Store(m.sourceText())
+		b.limit.Store(int64(m.maxConnections))
+		b.backup.Store(m.backup)
 	}
 	weight := h.weightOr(b.given)
 	b.weight.Store(int64(m.weight))

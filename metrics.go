@@ -48,6 +48,7 @@ var (
 	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 if no new connections go to it, or once it left the config and is being drained.")
 	descEffectiveWeight  = describe("backend_effective_weight", "Weight that holds: the one that was set by hand, else the config's; 0 if no new connections go to the backend, by that, its state, or since it left the config.")
 	descState            = describe("backend_state", "Whether the backend is in the state (1), which is set by hand, or not (0).", "state")
+	descMaxConnections   = describe("backend_max_connections", "Connections that the backend may have at once, open or connecting; 0 = no limit.")
 	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
 	descCheckDuration    = describe("health_check_duration_seconds", "Time that health checks took.")
 	descTransitions      = describe("health_transitions_total", "Changes of the backend's health.", "to")
@@ -63,6 +64,8 @@ var (
 	descTransitionTime   = describe("health_last_transition_timestamp_seconds", "Unix time of the last change of the backend's health; 0 = none yet.")
 	descPoolConnections  = describePool("pool_connections", "Connections that the pool is serving: open, connecting, or waiting for a backend.")
 	descPoolLimit        = describePool("pool_max_connections", "Connections that the pool serves at most: its max_connections, or what the process's files allow if that is less.")
+	descWaiting          = describePool("waiting_connections", "Clients that wait for a backend: for one to be available, or for a place at one.")
+	descWaitTime         = describePool("wait_duration_seconds", "Time that clients have waited for a backend, of those that did, served or not.")
 	descPoolDuration     = describePool("pool_connection_duration_seconds", "Time from a connection's reaching tcp_lb to its end, of all backends of the pool.")
 	descPoolDialDuration = describePool("pool_dial_duration_seconds", "Time that successful connects took, of all backends of the pool.")
 	descPoolCheckTime    = describePool("pool_health_check_duration_seconds", "Time that health checks took, of all backends of the pool.")
@@ -116,6 +119,7 @@ func (collector) Collect(out chan<- prometheus.Metric) {
 // any more has no limit.
 func (m *emitter) pool(p *pool) {
 	m.gauge(descPoolConnections, float64(p.active.Load()))
+	m.gauge(descWaiting, float64(p.waiters.waiting.Load()))
 	if g := p.newest.Load(); g != nil {
 		m.gauge(descPoolLimit, float64(g.connections()))
 		for _, s := range g.sourceStatuses() {
@@ -137,6 +141,7 @@ func (m *emitter) unserved(p *pool) {
 	m.histogram(descPoolDuration, p.times.duration)
 	m.histogram(descPoolDialDuration, p.times.dial)
 	m.histogram(descPoolCheckTime, p.times.check)
+	m.histogram(descWaitTime, p.times.wait)
 }
 
 // gauges sends how a backend is, of one that is in the config or drained.
@@ -148,6 +153,7 @@ func (m *emitter) gauges(b *Backend) {
 	for state, name := range stateNames {
 		m.gauge(descState, oneIf(b.byHand().state == handState(state)), name)
 	}
+	m.gauge(descMaxConnections, float64(b.limit.Load()))
 	m.gauge(descTransitionTime, float64(b.stats.turnedAt.Load())/float64(time.Second))
 }
 

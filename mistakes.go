@@ -31,7 +31,7 @@ const (
 	meantTCPCheck = "checks are TCP connects, see health_interval and health_port"
 	meantPassive  = "a failed connect has the backend checked at once, see health_fails"
 	meantBackup   = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
-	noLimit       = "there is no limit for a single backend; max_connections is that of all together"
+	meantLimit    = "write max_connections in a backend's block"
 	noTLS         = "there is no TLS to backends"
 	noProxyHeader = "there is no PROXY protocol to backends"
 	noSemicolons  = "there are no semicolons at the ends of lines"
@@ -70,7 +70,7 @@ var meantOptions = map[string]string{
 	"unhealthy_latency": meantPassive, "observe": meantPassive,
 
 	"maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections", "max_clients": "max_connections", "limit": "max_connections",
-	"unhealthy_connection_count": noLimit, "unhealthy_request_count": noLimit,
+	"unhealthy_connection_count": meantLimit, "unhealthy_request_count": meantLimit,
 	"connect_timeout": "dial_timeout", "proxy_connect_timeout": "dial_timeout", "timeout_connect": "dial_timeout",
 	"proxy_timeout": "idle_timeout", "read_timeout": "idle_timeout", "write_timeout": "idle_timeout", "client_timeout": "idle_timeout",
 	"server_timeout": "idle_timeout", "timeout_client": "idle_timeout", "timeout_server": "idle_timeout", "timeout_tunnel": "idle_timeout",
@@ -87,8 +87,8 @@ var meantOptions = map[string]string{
 
 // meantOfBackend is meantOptions for a backend's block.
 var meantOfBackend = map[string]string{
-	"down": "take the backend out of the config, and reload", "maxconn": noLimit, "max_conn": noLimit, "max_conns": noLimit, "max_connections": noLimit,
-	"max_requests": noLimit, "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
+	"down": "take the backend out of the config, and reload", "maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections",
+	"max_requests": "max_connections", "limit": "max_connections", "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
 	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
 	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
 }
@@ -341,8 +341,8 @@ func backendLineError(address, found, next string) error {
 		return fmt.Errorf("the weight follows the address by itself: write backend %s <weight>", address)
 	case named(backendOptions, word) != nil:
 		return fmt.Errorf("%s: write it in the block, backend %s { %s }", found, address, strings.TrimSpace(word+" "+value))
-	case word == "max_connections" || meant == "max_connections":
-		return fmt.Errorf("%s: %s", found, noLimit)
+	case meant == "max_connections":
+		return fmt.Errorf("%s: write it in the block, backend %s { %s }", found, address, strings.TrimSpace(meant+" "+value))
 	case word == "check" || meant == setsChecks:
 		return fmt.Errorf("%s: checks are on unless health_interval is off", found)
 	case strings.Contains(meant, " ") && meant != meantBackend:

@@ -91,7 +91,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"backend a:1 backup":                 "backup: write it in the block, backend a:1 { backup }",
 		"backend a:1 3 backup":               "backup: write it in the block, backend a:1 { backup }",
 		"backend a:1 check":                  "checks are on unless health_interval is off",
-		"backend a:1 max_conns=30":           "there is no limit for a single backend",
+		"backend a:1 max_conns=30":           "max_conns=30: write it in the block, backend a:1 { max_connections 30 }",
 		"backend a:1 inter 2s":               "write health_interval on a line of its own",
 		"backend a:1 health_port=81":         "it holds for all backends: write it on a line of its own",
 		"backend web1 10.0.0.1:80 check":     "backends have no names of their own: write backend 10.0.0.1:80",
@@ -157,7 +157,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		})
 	}
 	for option, want := range map[string]string{
-		"max_conns 30":   "there is no limit for a single backend; max_connections is that of all together (there are backup, weight)",
+		"max_conns 30":   "did you mean max_connections? (there are backup, max_connections, weight)",
 		"wieght 3":       "did you mean weight?",
 		"backups":        "did you mean backup?",
 		"down":           "take the backend out of the config",
@@ -201,7 +201,7 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		`"backends":"a:80"`:                                            `backends: want a list such as [{"address":"host:port"}], found "a:80"`,
 		`"backends":{"address":"a:80"}`:                                `backends: want a list`,
 		`"backend":[{"address":"a:80"}]`:                               `unknown field "backend": did you mean backends? (there are access_log, backends, `,
-		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, weight)`,
+		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, max_connections, weight)`,
 		`"backends":[{"address":"a:80","weight":"3"}]`:                 `backends[0].weight "3": want a number, without quotes`,
 		`"backends":[{"address":"a:80","wieght":3}]`:                   `backends[0]: unknown field "wieght": did you mean weight?`,
 		`"backends":[{"address":"a:80","weight":1.5}]`:                 `backends[0].weight 1.5: want a whole number`,

@@ -67,6 +67,11 @@ type BackendConfig struct {
 	// Backup keeps the backend back: it takes connections only while none of the
 	// others is available.
 	Backup bool `json:"backup,omitempty"`
+	// MaxConnections is how many connections may be open to the backend at once, or
+	// connecting, over all configs. It is passed over while it has as many; when
+	// all are full, clients wait in order of arrival, for the try duration at most.
+	// Default: 0, which is no limit.
+	MaxConnections int `json:"max_connections,omitempty"`
 }
 
 // LoadBalancing says how a backend is chosen.
@@ -76,8 +81,8 @@ type LoadBalancing struct {
 	// Retries is how many further backends are tried when a connect fails.
 	// Default: every other available one, 3 at most; 0 = none.
 	Retries *int `json:"retries,omitempty"`
-	// TryDuration is how long to keep trying while no backend can be reached.
-	// Default: 0, which is not to.
+	// TryDuration is how long to keep trying while no backend can be reached, and
+	// to wait while all are full. Default: 0, which is not to.
 	TryDuration caddy.Duration `json:"try_duration,omitempty"`
 	// TryInterval is the time between those tries. Default and 0: 250ms.
 	TryInterval caddy.Duration `json:"try_interval,omitempty"`

@@ -43,7 +43,7 @@ func newStage(t *testing.T) *stage {
 		"apps":{"http":{"servers":{"metrics":{"listen":["` + metrics + `"],"protocols":["h1"],"automatic_https":{"disable":true},
 			"routes":[{"handle":[{"handler":"metrics"}]}]}}},
 		"layer4":{"servers":{` + strings.Join([]string{
-		pool("web", "tcp_lb/"+s.web, fmt.Sprintf(`"backends":[{"address":%q,"weight":3},{"address":%q}],`, s.heavy.address, s.light.address)+fastChecks),
+		pool("web", "tcp_lb/"+s.web, fmt.Sprintf(`"backends":[{"address":%q,"weight":3},{"address":%q,"max_connections":5000}],`, s.heavy.address, s.light.address)+fastChecks),
 		pool("dead", s.dead, backendsJSON(gone)+","+fastChecks),
 		pool("retry", s.retry, backendsJSON(s.good.address, gone)+`,"health_checks":{"active":{"disabled":true}}`),
 		pool("small", s.small, backendsJSON(s.good.address)+`,"max_connections":2,`+fastChecks),

@@ -112,6 +112,9 @@ func init() {
 		{spec{name: "backup", path: "backup",
 			help: "takes connections only while no other backend is available"},
 			asFlag(func(b *BackendConfig) *bool { return &b.Backup })},
+		{spec{name: "max_connections", values: "<number>", path: "max_connections", unset: "no limit",
+			help: "open to this backend at once, or connecting; what is over goes to the others, or waits up to `lb_try_duration`"},
+			asNumber(0, math.MaxInt32, 0, plain(func(b *BackendConfig) *int { return &b.MaxConnections }))},
 	}
 
 	globalOptions = []option[App]{

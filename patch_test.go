@@ -137,7 +137,7 @@ func TestConnectingIsShown(t *testing.T) {
 	g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
 	g.start()
 	b := g.members()[0].Backend
-	require.True(t, b.take())
+	require.Equal(t, wasTaken, b.take())
 	require.EqualValues(t, 1, b.status("").Connecting)
 	require.Zero(t, b.status("").Active)
 	s := &session{}

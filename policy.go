@@ -17,7 +17,8 @@ type SelectionPolicy interface {
 	// again, where nothing has changed for it.
 	//
 	// NewPicker is called whenever the availability or the weight of a backend
-	// changes, never twice at once for the same config.
+	// changes, never twice at once for the same config. There are two pickers at a
+	// time, one of them over the backups, each with a chain of its own.
 	NewPicker(available []Candidate, previous Picker) Picker
 }
 
@@ -32,8 +33,8 @@ type Picker interface {
 	// Pick chooses a backend, takes it by r.Take and returns it. Where Take
 	// says no it goes on to the next best; nil says that none could be taken.
 	//
-	// It must not block, nor keep r. It may be called while others wait for it
-	// to return.
+	// It must not block, nor keep r: for a client that waits it is called by who
+	// makes room for that, with the line of those who wait locked.
 	Pick(r *Request) *Backend
 }
 
@@ -58,6 +59,7 @@ type Request struct {
 	room    [4]*Backend // for tried, as a rule
 	picking bool
 	taken   *Backend
+	inLine  *waiters // whose lock is held while it picks; nil = none
 }
 
 // Client returns the client's address, as a PROXY protocol handler in front has
@@ -85,17 +87,23 @@ func (r *Request) Var(key string) any {
 
 // Take takes b for the connection, which b.Load then counts. To look whether that
 // may be and to count are one step: however many pick at once, each sees those
-// before it. Take returns false for a backend that is not available any more, or
-// that was tried for this connection: choose another. After one was taken it
-// returns false for all.
+// before it. Take returns false for a backend that has its max_connections, that
+// is not available any more, or that was tried for this connection: choose
+// another. After one was taken it returns false for all.
 func (r *Request) Take(b *Backend) bool {
 	if b == nil || !r.picking || r.taken != nil {
 		return false
 	}
 	for b.Available() && !slices.Contains(r.tried, b) {
-		if b.take() {
+		switch b.take() {
+		case wasTaken:
 			r.taken = b
 			return true
+		case wasFull:
+			return false
+		}
+		if r.inLine != nil {
+			return false
 		}
 		b = registry.adopt(b) // a config went between the picker's making and now
 	}
@@ -126,8 +134,15 @@ func (r *Request) pickBy(p Picker) *Backend {
 
 // giveBack gives back what was taken, if anything.
 func (r *Request) giveBack() {
-	if b := r.taken; b != nil {
-		r.taken = nil
-		b.release()
+	b := r.taken
+	if b == nil {
+		return
 	}
+	r.taken = nil
+	if q := r.inLine; q != nil {
+		b.countDown()
+		q.emptied = append(q.emptied, b)
+		return
+	}
+	b.release()
 }

@@ -28,6 +28,7 @@ type pool struct {
 	closed                         [numReasons]atomic.Uint64 // connections that ended before they had a backend
 	times                          poolTimes
 	refusals, overLimit, overFiles notice.Notice
+	overPlaces                     notice.Notice
 
 	waiters waiters
 	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd
@@ -208,7 +209,7 @@ func (p *pool) drainBefore(t time.Time) {
 // outage.
 func (p *pool) changed() {
 	p.changes.Add(1)
-	p.waiters.wakeAll()
+	p.review()
 	p.reportOutage()
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/notice"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 	"github.com/mholt/caddy-l4/layer4"
@@ -114,6 +115,8 @@ func (s *search) failure(err error) reason {
 		return s.left
 	case errors.Is(err, errAbandoned):
 		return reasonDrainTimeout
+	case errors.Is(err, errFull):
+		return reasonMaxConnections
 	default:
 		return reasonNoBackend
 	}
@@ -190,8 +193,11 @@ func (s *session) closeClient() {
 // the one which accepted the connection may be closed.
 func (s *session) log(duration time.Duration) {
 	to := s.pool.voice.Load()
-	if s.why == reasonNoBackend {
-		s.logRefusal(to)
+	switch {
+	case s.why == reasonNoBackend:
+		s.logRefusal(to, "no backend could be reached", &s.pool.refusals, s.pool.warnOfRefusals)
+	case errors.Is(s.err, errFull):
+		s.logRefusal(to, "no backend had a place", &s.pool.overPlaces, s.pool.warnOfPlaces)
 	}
 	if to.accessLog {
 		s.logAccess(to.access, duration)
@@ -200,12 +206,12 @@ func (s *session) log(duration time.Duration) {
 
 // logRefusal says that a client was turned away: each at level DEBUG, and once
 // a minute how many at WARN.
-func (s *session) logRefusal(to *voice) {
-	if c := to.logger.Check(zap.DebugLevel, "no backend could be reached"); c != nil {
+func (s *session) logRefusal(to *voice, message string, n *notice.Notice, warn func(uint64)) {
+	if c := to.logger.Check(zap.DebugLevel, message); c != nil {
 		c.Write(zap.String("lb", s.pool.name), zap.Stringer("client", s.from),
 			zap.Int("attempt", s.attempts), errorField(s.err))
 	}
-	s.pool.refusals.Add(s.pool.warnOfRefusals)
+	n.Add(warn)
 }
 
 func (p *pool) warnOfRefusals(clients uint64) {
@@ -272,6 +278,11 @@ func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
 		return nil, false
 	}
 	return release, true
+}
+
+func (p *pool) warnOfPlaces(clients uint64) {
+	p.voice.Load().logger.Warn("clients are turned away, every available backend has its max_connections",
+		zap.String("lb", p.name), zap.Uint64("clients", clients))
 }
 
 func (p *pool) warnOfLimit(clients uint64) {

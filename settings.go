@@ -154,7 +154,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		if err != nil {
 			return nil, err
 		}
-		g.config = append(g.config, member{target: t, weight: *b.Weight, backup: b.Backup})
+		g.config = append(g.config, member{target: t, weight: *b.Weight, backup: b.Backup, maxConnections: b.MaxConnections})
 	}
 	return g, nil
 }

@@ -10,20 +10,30 @@ import (
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
-// waiters are the clients of a pool that wait: for a backend to be available, or
-// for a connect that takes long. All are woken when something changes for them,
-// in order of arrival.
+// waiters are the clients of a pool that wait: for a backend, then they stand in
+// line, or for a connect that takes long.
 type waiters struct {
-	mu   sync.Mutex
-	list list.List // of *waiter
-	n    atomic.Int64
+	mu      sync.Mutex
+	list    list.List // of *waiter
+	n       atomic.Int64
+	waiting atomic.Int64 // for a backend
+	lines                // guarded by mu
 }
 
 // waiter is one of them, from enter to leave. It waits in the goroutine that it
 // has anyway.
 type waiter struct {
-	client net.Conn
-	silent bool // see watchHangup
+	client  net.Conn
+	silent  bool // see watchHangup
+	request *Request
+	began   time.Time
+
+	// Its place in line; guarded by the waiters' mutex. The request is in the hands
+	// of who has that while it is in line.
+	in     *line // nil: it is in none
+	at     int
+	number uint64 // among those that have the same time; 0 = it has never been in line
+	turn   outcome
 
 	// Set by enter.
 	watch *hangup // sees the client leave; nil = that can't be told
@@ -32,7 +42,7 @@ type waiter struct {
 	awake atomic.Bool   // where there is one: to be woken, or awake
 }
 
-// enter puts w at the end of the queue, unless it is in it.
+// enter makes w one that can be woken, unless it is.
 func (q *waiters) enter(w *waiter) {
 	if w.place != nil {
 		return
@@ -46,15 +56,20 @@ func (q *waiters) enter(w *waiter) {
 	q.n.Add(1)
 }
 
-// leave takes w out of the queue, if it is in it. The client's connection is as
-// it was.
+// leave takes w out of everything. The client's connection is as it was.
 func (q *waiters) leave(w *waiter) {
-	if w.place == nil {
+	if w.place == nil && w.number == 0 {
 		return
 	}
 	q.mu.Lock()
-	q.list.Remove(w.place)
+	q.quitLocked(w)
+	if w.place != nil {
+		q.list.Remove(w.place)
+	}
 	q.mu.Unlock()
+	if w.place == nil {
+		return
+	}
 	q.n.Add(-1)
 	w.place = nil
 	if w.watch != nil {
@@ -68,14 +83,6 @@ func (q *waiters) wake(w *waiter) {
 	defer q.mu.Unlock()
 	if w.place != nil {
 		w.wake()
-	}
-}
-
-func (q *waiters) wakeAll() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for e := q.list.Front(); e != nil; e = e.Next() {
-		e.Value.(*waiter).wake()
 	}
 }
 

@@ -193,12 +193,14 @@ func TestNoChangeIsMissed(t *testing.T) {
 		defer g.stop()
 		began := time.Now()
 		s := search{pool: g.pool}
-		defer g.pool.waiters.leave(&s.waiter)
+		s.waiter.request = &s.request
+		s.request.tried = []*Backend{g.members()[0].Backend}
+		defer s.end()
 		before := g.pool.changes.Load()
 		g.pool.changed() // between the round and the wait
-		s.wait(g, before, time.Hour)
+		s.wait(g, before, began.Add(time.Hour))
 		require.Zero(t, time.Since(began))
-		s.wait(g, g.pool.changes.Load(), time.Hour)
+		s.wait(g, g.pool.changes.Load(), began.Add(time.Hour))
 		require.Equal(t, time.Hour, time.Since(began))
 	})
 }
