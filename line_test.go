@@ -612,3 +612,40 @@ func (c *countedConn) Close() error {
 	c.once.Do(func() { c.g.now.Add(-1) })
 	return c.Conn.Close()
 }
+
+// Every policy passes over the full, and finds the one that has a place.
+func TestEveryPolicyPassesOverTheFull(t *testing.T) {
+	for name, policy := range map[string]SelectionPolicy{
+		"round_robin": RoundRobin{}, "least_conn": LeastConn{}, "random": Random{}, "random_choose": &RandomChoose{Choose: 2}, "first": First{}, "ip_hash": IPHash{},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var addresses []string
+				for i := range 100 {
+					addresses = append(addresses, fmt.Sprintf("10.0.0.%d:80", i))
+				}
+				g, _ := testGeneration(t, newFakeNet(), func(h *Handler) {
+					h.Backends = limited(1, addresses...)
+					h.LoadBalancing = waitsFor(time.Hour)
+					checksOff(h)
+				})
+				g.policy = policy
+				g.start()
+				var clients []*queued
+				for range 120 {
+					clients = append(clients, lineUp(g))
+				}
+				require.Equal(t, upTo(100), servedOf(clients))
+				for _, i := range rand.Perm(20) {
+					clients[i].release()
+					synctest.Wait()
+				}
+				require.Equal(t, upTo(120), servedOf(clients))
+				for _, q := range clients[20:] {
+					q.release()
+				}
+				g.stop()
+			})
+		})
+	}
+}
