@@ -5,6 +5,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -19,7 +20,13 @@ const hangTimeout = 30 * time.Second
 // drained is a reason of the caller's.
 const drained = OwnReasons
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if spec := os.Getenv(loadEnv); spec != "" {
+		runLoad(spec)
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func listen(t testing.TB) net.Listener {
 	t.Helper()
