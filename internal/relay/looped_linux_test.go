@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -373,4 +374,51 @@ func TestRelayAtRandom(t *testing.T) {
 			require.Empty(t, r.why, "it ends once")
 		}
 	})
+}
+
+// What an idle connection takes: little, as there may be very many.
+func TestLoopedIsSmall(t *testing.T) {
+	require.LessOrEqual(t, unsafe.Sizeof(Looped{}), uintptr(352))
+	onLoop.start(t, 0) // so that there are loops
+	const many = 500
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	var relays []*Looped
+	var fars []int
+	var ended sync.WaitGroup
+	var count atomic.Uint64
+	for range many {
+		var fds [2][2]int
+		for i := range fds {
+			var err error
+			fds[i], err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+			require.NoError(t, err)
+			fars = append(fars, fds[i][1])
+		}
+		r, err := NewLooped(fds[0][0], fds[1][0], Options{IdleTimeout: time.Hour, Up: &count, Down: &count})
+		require.NoError(t, err)
+		ended.Add(1)
+		r.Start(ended.Done)
+		relays = append(relays, r)
+	}
+	for _, r := range relays { // each has begun, and moved something
+		_, err := unix.Write(fars[0], []byte("x"))
+		require.NoError(t, err)
+		r.on(t, func() {})
+	}
+	goroutines := runtime.NumGoroutine()
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	each := int(after.HeapAlloc+after.StackInuse-before.HeapAlloc-before.StackInuse) / many
+	t.Logf("%d bytes of struct, %d in all", unsafe.Sizeof(Looped{}), each)
+	require.Less(t, each, 1<<10)
+	require.Less(t, goroutines, many/2)
+	for _, r := range relays {
+		r.Cut(drained)
+	}
+	within(t, ended.Wait, "they do not end")
+	for _, fd := range fars {
+		_ = unix.Close(fd)
+	}
 }

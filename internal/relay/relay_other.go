@@ -2,7 +2,17 @@
 
 package relay
 
-import "net"
+import (
+	"net"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/loop"
+)
+
+// Looped can't be had here.
+type Looped struct{ Relay }
+
+// NewLooped fails here, where there are no loops.
+func NewLooped(int, int, Options) (*Looped, error) { return nil, loop.ErrUnavailable }
 
 // canPump says that bare sockets are relayed like wrapped ones here.
 const canPump = false
