@@ -111,41 +111,49 @@ func TestTinyPipesAreNotUsed(t *testing.T) {
 
 // A relay that has no pipe copies.
 func TestRelayWithoutPipes(t *testing.T) {
-	var held []*pipe
-	for p := pipes.get(); p != nil; p = pipes.get() {
-		held = append(held, p)
+	for _, k := range []kind{{name: "bare"}, onLoop} {
+		t.Run(k.name, func(t *testing.T) {
+			var held []*pipe
+			for p := pipes.get(); p != nil; p = pipes.get() {
+				held = append(held, p)
+			}
+			defer func() {
+				for _, p := range held {
+					pipes.put(p)
+				}
+			}()
+			r := k.start(t, 0)
+			const size = 8 << 20
+			go func() { _, _ = r.client.Write(make([]byte, size)); _ = r.client.CloseWrite() }()
+			n, err := readAllCount(r.backend)
+			require.NoError(t, err)
+			require.EqualValues(t, size, n)
+		})
 	}
-	defer func() {
-		for _, p := range held {
-			pipes.put(p)
-		}
-	}()
-	r := startRelay(t, 0, nil)
-	const size = 8 << 20
-	go func() { _, _ = r.client.Write(make([]byte, size)); _ = r.client.CloseWrite() }()
-	n, err := readAllCount(r.backend)
-	require.NoError(t, err)
-	require.EqualValues(t, size, n)
 }
 
 // A receiver that takes nothing holds no pipe.
 func TestStuckReceiversHoldNoPipe(t *testing.T) {
-	var relays []*relayed
-	for range 2 * mostPipes {
-		relays = append(relays, startRelay(t, 0, nil))
+	for _, k := range []kind{{name: "bare"}, onLoop} {
+		t.Run(k.name, func(t *testing.T) {
+			var relays []*relayed
+			for range 2 * mostPipes {
+				relays = append(relays, k.start(t, 0))
+			}
+			var filling sync.WaitGroup
+			for _, r := range relays {
+				filling.Go(func() { flood(t, r.backend) })
+			}
+			filling.Wait()
+			spare := func() int {
+				pipes.mu.Lock()
+				defer pipes.mu.Unlock()
+				return len(pipes.spare)
+			}
+			require.Positive(t, Pipes(), "it was a bulk transfer")
+			eventually(t, func() bool { return spare() == Pipes() }, "all pipes are free")
+		})
 	}
-	var filling sync.WaitGroup
-	for _, r := range relays {
-		filling.Go(func() { flood(t, r.backend) })
-	}
-	filling.Wait()
-	spare := func() int {
-		pipes.mu.Lock()
-		defer pipes.mu.Unlock()
-		return len(pipes.spare)
-	}
-	require.Positive(t, Pipes(), "it was a bulk transfer")
-	eventually(t, func() bool { return spare() == Pipes() }, "all pipes are free")
 }
 
 // Where the destination takes less than the kernel says it has room for, what is
