@@ -3,6 +3,10 @@ package discovery
 import (
 	"context"
 	"encoding/json"
+	"maps"
+	"os"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -194,4 +198,24 @@ func TestMistakesInACaddyfile(t *testing.T) {
 			require.ErrorContains(t, err, "at Testfile:")
 		})
 	}
+}
+
+// The README has a row for each option, and what is its default.
+func TestReadmeHasTheOptions(t *testing.T) {
+	text, err := os.ReadFile("../README.md")
+	require.NoError(t, err)
+	_, table, ok := strings.Cut(string(text), "| in a block of `dynamic` | default | JSON | meaning |\n|---|---|---|---|\n")
+	require.True(t, ok)
+	table, _, _ = strings.Cut(table, "\n\n")
+	var documented []string
+	for row := range strings.Lines(table) {
+		cells := strings.Split(row, " | ")
+		option, _, _ := strings.Cut(strings.TrimPrefix(cells[0], "| `"), " ")
+		documented = append(documented, option)
+		require.Equal(t, "`"+option+"`", cells[2])
+		if option == "refresh" {
+			require.Equal(t, defaultRefresh.String(), cells[1])
+		}
+	}
+	require.ElementsMatch(t, slices.Collect(maps.Keys(readers)), documented)
 }
