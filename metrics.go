@@ -1,11 +1,14 @@
 package tcplb
 
 import (
+	"strings"
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
 )
 
 // collector reads the state of all pools at each scrape. One for the process is
@@ -72,6 +75,8 @@ var (
 	descFiles            = describeWith(nil, "open_files", "Files that the connections of all pools use.")
 	descFileLimit        = describeWith(nil, "max_open_files", "Files that the connections of all pools may use: the process's limit less a reserve.")
 	descLookups          = describeWith([]string{"lb", "source", "status"}, "source_lookups_total", "Finished lookups of sources of backends.")
+	descSourceBackends   = describeWith([]string{"lb", "source"}, "source_backends", "Backends that the source has found.")
+	descSourceFailing    = describeWith([]string{"lb", "source"}, "source_failing", "Whether the last lookup failed or found nothing (1), in whole or in part, so that what was found before serves on.")
 	descTurnedAway       = describeWith([]string{"listener", "reason"}, "listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.")
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly, reasonKilled}
 	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
@@ -123,10 +128,18 @@ func (m *emitter) pool(p *pool) {
 	if g := p.newest.Load(); g != nil {
 		m.gauge(descPoolLimit, float64(g.connections()))
 		for _, s := range g.sourceStatuses() {
-			for status, n := range s.Lookups {
-				m.out <- prometheus.MustNewConstMetric(descLookups, prometheus.CounterValue, float64(n), p.name, s.Source, status)
-			}
+			m.source(p.name, s)
 		}
+	}
+}
+
+// source sends how a source of backends fares. It may be anybody's module.
+func (m *emitter) source(lb string, s discovery.Status) {
+	name := strings.ToValidUTF8(s.Source, "?")
+	m.out <- prometheus.MustNewConstMetric(descSourceBackends, prometheus.GaugeValue, float64(s.Backends), lb, name)
+	m.out <- prometheus.MustNewConstMetric(descSourceFailing, prometheus.GaugeValue, oneIf(s.Error != ""), lb, name)
+	for _, status := range discovery.Statuses {
+		m.out <- prometheus.MustNewConstMetric(descLookups, prometheus.CounterValue, float64(s.Lookups[status]), lb, name, status)
 	}
 }
 

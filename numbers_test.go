@@ -44,7 +44,7 @@ func newStage(t *testing.T) *stage {
 			"routes":[{"handle":[{"handler":"metrics"}]}]}}},
 		"layer4":{"servers":{` + strings.Join([]string{
 		pool("web", "tcp_lb/"+s.web, fmt.Sprintf(`"backends":[{"address":%q,"weight":3},{"address":%q,"max_connections":5000}],`, s.heavy.address, s.light.address)+fastChecks),
-		pool("dead", s.dead, backendsJSON(gone)+","+fastChecks),
+		pool("dead", s.dead, backendsJSON(gone)+`,"dynamic_backends":[{"source":"a","name":"gone.internal","port":80,"resolvers":["`+freeAddress(t)+`"]}],`+fastChecks),
 		pool("retry", s.retry, backendsJSON(s.good.address, gone)+`,"health_checks":{"active":{"disabled":true}}`),
 		pool("small", s.small, backendsJSON(s.good.address)+`,"max_connections":2,`+fastChecks),
 		pool("shaky", freeAddress(t), backendsJSON(s.shaky.address)+`,"health_checks":{"active":{"interval":"200ms","fast_interval":"200ms","fails":1000}}`),
