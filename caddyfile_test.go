@@ -24,6 +24,7 @@ const goldenSeparator = "----------\n"
 func TestCaddyfileGolden(t *testing.T) {
 	t.Setenv("TCPLB_TEST_BACKEND", "backend9:3009")
 	t.Setenv("TCPLB_TEST_PORT", "5432")
+	t.Setenv("TCPLB_TEST_HOST", "web")
 	files, err := filepath.Glob("testdata/caddyfile/*.caddytest")
 	require.NoError(t, err)
 	require.NotEmpty(t, files)

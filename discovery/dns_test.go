@@ -219,3 +219,26 @@ func TestReadmeHasTheOptions(t *testing.T) {
 	}
 	require.ElementsMatch(t, slices.Collect(maps.Keys(readers)), documented)
 }
+
+// FuzzOptions: what a Caddyfile may have can be loaded.
+func FuzzOptions(f *testing.F) {
+	f.Add("db.internal", "5432", "1s", "10.0.0.53", "ipv4")
+	f.Add("db.", "1", "100d", "[fd00::1]:53", "ipv6")
+	f.Add("_pg._tcp.db", "65535", "1.5h", "dns.internal:53", "ipv4")
+	f.Fuzz(func(t *testing.T, name, port, refresh, resolver, version string) {
+		if strings.ContainsAny(name+port+refresh+resolver+version, "{}\"`\\ \t\r\n#<") || name == "" || port == "" {
+			return // several tokens, or a placeholder
+		}
+		options := " {\n\trefresh " + refresh + "\n\tresolvers " + resolver + "\n\tversions " + version + "\n}"
+		for kind, text := range map[string]string{"a": name + " " + port, "srv": name} {
+			source, err := parse(t, kind+" "+text+options)
+			if err != nil {
+				continue
+			}
+			b, err := json.Marshal(source)
+			require.NoError(t, err)
+			_, err = load(t, kind, string(b))
+			require.NoError(t, err)
+		}
+	})
+}

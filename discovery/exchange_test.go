@@ -252,3 +252,48 @@ func FuzzAnswer(f *testing.F) {
 		}
 	})
 }
+
+// TestTheEndOfASourceEndsItsLookup wherever that waits.
+func TestTheEndOfASourceEndsItsLookup(t *testing.T) {
+	s := startNameServer(t, "db.internal. 60 A 10.0.0.1")
+	find := func(t *testing.T, r *round, waits func() bool) {
+		t.Helper()
+		r.timeout = time.Hour
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() {
+			_, err := anAddressFinder().find(ctx, r)
+			ended <- err
+		}()
+		require.Eventually(t, waits, time.Minute, time.Millisecond)
+		cancel()
+		select {
+		case err := <-ended:
+			require.ErrorContains(t, err, "context canceled")
+		case <-time.After(time.Minute):
+			t.Fatal("it goes on")
+		}
+	}
+	t.Run("for a packet", func(t *testing.T) {
+		s.deviates(silence)
+		find(t, asking(s.address), func() bool { return len(s.questions()) >= 2 })
+	})
+	t.Run("for the rest of a stream", func(t *testing.T) {
+		asked := len(s.questions())
+		s.deviates(func(_, answer *dns.Msg, network string) [][]byte {
+			if network == "tcp" {
+				return [][]byte{wire(t, answer, network)[:20], nil}
+			}
+			return [][]byte{changed(t, answer, network, func(m *dns.Msg) { m.Truncated = true })}
+		})
+		find(t, asking(s.address), func() bool { return len(s.questions()) >= asked+4 })
+	})
+	t.Run("for its turn", func(t *testing.T) {
+		r := asking(s.address)
+		r.slots = make(semaphore, 1)
+		r.slots <- struct{}{}
+		asked := len(s.questions())
+		find(t, r, func() bool { return true })
+		require.Len(t, s.questions(), asked)
+	})
+}
