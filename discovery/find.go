@@ -86,11 +86,11 @@ type tier struct {
 // backends are collected here, each once.
 type backends map[netip.AddrPort]tier
 
-// add adds a backend. Of one that is there already the ordinary one counts, then
-// the heavier.
+// add adds a backend, the ordinary ones before the backups. Of one that is there
+// already the first counts, and of the same tier the heavier.
 func (b backends) add(address netip.AddrPort, t tier) {
 	old, ok := b[address]
-	if !ok || old.backup && !t.backup || old.backup == t.backup && old.weight < t.weight {
+	if !ok || old.backup == t.backup && old.weight < t.weight {
 		b[address] = t
 	}
 }
