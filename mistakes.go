@@ -37,6 +37,8 @@ const (
 	noSemicolons  = "there are no semicolons at the ends of lines"
 	notNeeded     = "leave it out, it is TCP anyway"
 	setsChecks    = "write health_interval <duration>, or health_interval off"
+	meantDynamic  = "write dynamic a <name> <port>, or dynamic srv <name>"
+	ofDynamic     = "it belongs to a source of backends: write it in the block of dynamic a <name> <port>"
 	setsTimeouts  = "there are dial_timeout, idle_timeout, drain_timeout and health_timeout"
 )
 
@@ -46,6 +48,8 @@ var meantOptions = map[string]string{
 	"to": meantBackend, "upstream": meantBackend, "upstreams": meantBackend, "dial": meantBackend, "server": meantBackend, "servers": meantBackend,
 	"backends": meantBackend, "address": meantBackend, "addresses": meantBackend, "host": meantBackend, "target": meantBackend, "targets": meantBackend,
 	"member": meantBackend, "proxy_pass": meantBackend, "proxy": meantBackend,
+	"dynamic_backends": meantDynamic, "dynamic_upstreams": meantDynamic, "server_template": meantDynamic, "dns": meantDynamic, "srv": meantDynamic, "a": meantDynamic,
+	"aaaa": meantDynamic, "discovery": meantDynamic, "resolver": ofDynamic, "resolvers": ofDynamic, "refresh": ofDynamic, "versions": ofDynamic,
 	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": meantBackup,
 
 	"lb": "lb_policy", "policy": "lb_policy", "balance": "lb_policy", "algorithm": "lb_policy", "lb_algorithm": "lb_policy", "method": "lb_policy",
