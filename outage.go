@@ -48,7 +48,7 @@ func (p *pool) reportOutage() {
 	began, ended, lasted, missed := o.updateLocked(g.availability(), p.closed[reasonNoBackend].Load())
 	switch {
 	case began && o.barred:
-		g.logger.Info("no backend takes connections, as all are set to by hand or by their weight",
+		g.logger.Info("no backend takes connections: all are set aside by hand, or by a weight of 0",
 			zap.String("lb", p.name), zap.Int("backends", len(g.members())))
 	case began:
 		g.logger.Warn("no backend is available, clients are turned away or wait",
