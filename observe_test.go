@@ -19,8 +19,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/stretchr/testify/require"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 )
 
 // adminConfig has the admin endpoint on, and the HTTP endpoints of the examples.
@@ -288,111 +286,6 @@ func TestBooksBalanceAtEveryScrape(t *testing.T) {
 	close(stop)
 	wg.Wait()
 }
-
-func TestPanicIsContained(t *testing.T) {
-	s := echoServer(t)
-	f := newFakeNet()
-	g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(s.address) })
-	g.policy = panickingPolicy{}
-	g.start()
-	far, near := tcpPair(t)
-	cx := layer4Connection(near)
-	g.serve(cx)
-	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
-	require.Contains(t, string(logs.All()[0].ContextMap()["stack"].(string)), "panickingPicker")
-	require.EqualValues(t, 1, g.pool.closed[reasonError].Load())
-	require.Zero(t, g.pool.active.Load())
-	expectEOF(t, far)
-}
-
-// A policy that can't make a picker does not keep a pool from serving.
-func TestPanicOfAPolicyIsContained(t *testing.T) {
-	f := newFakeNet()
-	g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one, two); checksOff(h) })
-	g.policy = hopelessPolicy{}
-	g.start()
-	defer g.stop()
-	for range 2 {
-		l, err := connect(g)
-		require.NoError(t, err)
-		l.release()
-	}
-	require.Len(t, f.times(one), 1, "round robin serves")
-	require.Len(t, f.times(two), 1)
-	lines := logs.FilterMessageSnippet("panic in the selection policy").All()
-	require.NotEmpty(t, lines)
-	require.Contains(t, lines[0].ContextMap()["stack"], "hopelessPolicy")
-}
-
-type hopelessPolicy struct{}
-
-func (hopelessPolicy) NewPicker([]Candidate, Picker) Picker { panic("no idea") }
-
-// Nor does a panic at a connection's end keep anything from being given back.
-func TestPanicAtTheEndIsContained(t *testing.T) {
-	watchLeftovers(t)
-	s := namedServer(t, "a")
-	g, logs := testGeneration(t, newFakeNet(), func(h *Handler) {
-		h.Backends = backendList(s.address)
-		h.AccessLog = true
-	})
-	g.dial = dialTarget
-	g.access = zap.New(panickingCore{zapcore.NewNopCore()})
-	g.start()
-	defer g.stop()
-	far, near := tcpPair(t)
-	require.NoError(t, far.CloseWrite())
-	g.serve(layer4Connection(near))
-	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
-	expect(t, far, "a")
-	expectEOF(t, far)
-	require.Zero(t, g.members()[0].Backend.Load())
-	require.Zero(t, g.pool.active.Load())
-	opened, active, _ := g.members()[0].Backend.stats.connections()
-	require.EqualValues(t, 1, opened)
-	require.Zero(t, active)
-}
-
-// Nor a wrapper's.
-func TestPanicInCloseIsContained(t *testing.T) {
-	watchLeftovers(t)
-	g, logs := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
-	g.start()
-	defer g.stop()
-	far, near := net.Pipe()
-	defer near.Close()
-	require.NoError(t, far.Close())
-	g.serve(layer4Connection(panickingConn{near}))
-	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
-	b := g.members()[0].Backend
-	opened, active, _ := b.stats.connections()
-	require.EqualValues(t, 1, opened)
-	require.Zero(t, active)
-	require.Empty(t, b.sessions)
-	require.Zero(t, b.Load())
-	require.Zero(t, g.pool.active.Load())
-}
-
-type panickingConn struct{ net.Conn }
-
-func (panickingConn) Close() error { panic("not today") }
-
-// panickingCore is an encoder with a bug, as anybody's module may have.
-type panickingCore struct{ zapcore.Core }
-
-func (panickingCore) Enabled(zapcore.Level) bool { return true }
-
-func (panickingCore) Check(zapcore.Entry, *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	panic("no line today")
-}
-
-type panickingPolicy struct{}
-
-func (panickingPolicy) NewPicker([]Candidate, Picker) Picker { return panickingPicker{} }
-
-type panickingPicker struct{}
-
-func (panickingPicker) Pick(*Request) *Backend { panic("out of luck") }
 
 func closeConn(c net.Conn) {
 	if c != nil {
