@@ -151,7 +151,11 @@ type server struct {
 // startServer listens on a free address.
 func startServer(t testing.TB, handle func(*net.TCPConn)) *server {
 	t.Helper()
-	ln := listen(t)
+	return startServerOn(t, listen(t), handle)
+}
+
+func startServerOn(t testing.TB, ln net.Listener, handle func(*net.TCPConn)) *server {
+	t.Helper()
 	s := &server{t: t, address: ln.Addr().String(), handle: handle, conns: make(map[*net.TCPConn]bool)}
 	s.startOn(ln)
 	t.Cleanup(s.kill)

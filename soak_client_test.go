@@ -24,42 +24,11 @@ const (
 	soakLeave    = 'l' // says nothing and is gone
 
 	// At the port for those who stall.
+	soakBulk   = 'D' // a download
 	soakUpload = 'u' // not read for a while, then to its end, and answered with its sum
 )
 
 var soakKinds = []byte{soakShort, soakShort, soakShort, soakStream, soakRequest, soakDownload, soakReset, soakAbort, soakLeave}
-
-func (b *soakBackend) serve(c *net.TCPConn) {
-	kind := make([]byte, 1)
-	if _, err := io.ReadFull(c, kind); err != nil {
-		return
-	}
-	b.stall.RLock()
-	_, _ = c.Write([]byte{b.id})
-	b.stall.RUnlock()
-	switch kind[0] {
-	case soakShort:
-		_, _ = io.WriteString(c, "ok")
-	case soakStream, soakAbort:
-		echo(c)
-	case soakUpload:
-		pause(b.naps(), nil)
-		fallthrough
-	case soakRequest:
-		var h hashing
-		if _, err := io.Copy(&h, c); err == nil {
-			_ = binary.Write(c, binary.BigEndian, h.sum)
-		}
-	case soakDownload:
-		var size uint32
-		if binary.Read(c, binary.BigEndian, &size) == nil {
-			_, _ = io.CopyN(c, &pattern{seed: b.id}, int64(size))
-		}
-	case soakReset:
-		_, _ = io.WriteString(c, "bye")
-		_ = c.SetLinger(0)
-	}
-}
 
 // soakClient is one connection from the client's side.
 type soakClient struct {

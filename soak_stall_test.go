@@ -39,9 +39,6 @@ func (n *stallCounts) log(t testing.TB) {
 		n.completed.Load(), n.cut.Load(), n.silent.Load(), n.early.Load())
 }
 
-// naps is for how long a backend leaves an upload unread.
-func (b *soakBackend) naps() time.Duration { return rand.N(2 * stallTimeout) }
-
 // stall makes one connection that has to end all the same: by its idle timeout,
 // with a reset, or in order if whoever stalled goes on in time.
 func (s *soak) stall(rnd *rand.Rand) {
@@ -81,7 +78,7 @@ func (s *soak) stall(rnd *rand.Rand) {
 
 // stalledDownload reads nothing for a while, and then all.
 func (c *soakClient) stalledDownload() error {
-	if err := c.write(binary.BigEndian.AppendUint32([]byte{soakDownload}, stallSize)); err != nil {
+	if err := c.write(binary.BigEndian.AppendUint32([]byte{soakBulk}, stallSize)); err != nil {
 		return err
 	}
 	pause(rand.N(2*stallTimeout), nil)

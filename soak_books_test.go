@@ -1,0 +1,213 @@
+package tcplb
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/stretchr/testify/require"
+)
+
+// requireAccounts compares clients, access log and counters.
+func (s *soak) requireAccounts() {
+	t := s.t
+	eventually(t, func() bool { return open.n.Load() == 0 }, "all connections ended")
+	lines, stalled := soakLog.lines(t)
+	require.Equal(t, len(s.records)+s.excused, len(lines), "one line for each connection")
+	require.Equal(t, s.stalled.total(), len(stalled))
+
+	byClient := make(map[string][]soakLine)
+	for _, l := range lines {
+		require.True(t, l.Backend != "" || l.left(), "%+v", l)
+		byClient[l.Client] = append(byClient[l.Client], l)
+	}
+	for _, r := range s.records {
+		i := slices.IndexFunc(byClient[r.client], r.agrees)
+		require.GreaterOrEqual(t, i, 0, "no line agrees with %+v, but there are %+v", r, byClient[r.client])
+		byClient[r.client] = slices.Delete(byClient[r.client], i, i+1)
+	}
+	views := registry.snapshot()
+	require.Len(t, views, 2)
+	requireSum(t, lines, views[0].total())
+	requireSum(t, stalled, views[1].total())
+	requireReasons(t, soakPool, lines)
+	requireReasons(t, stallPool, stalled)
+	// Some had ended by themselves, or been cut, when the hand came.
+	require.LessOrEqual(t, metric(t, "connections_closed_total", labels("lb", soakPool, "reason", "killed")), float64(s.killed))
+	for _, v := range views {
+		require.Zero(t, v.active.Load())
+		require.Zero(t, v.waiters.n.Load())
+		require.Zero(t, v.waiters.waiting.Load())
+		for _, b := range v.backends {
+			_, active, _ := b.stats.connections()
+			require.Zero(t, active, b.address)
+			require.Zero(t, b.Load(), b.address)
+		}
+	}
+	require.EqualValues(t, s.stalled.early.Load(), metric(t, "listener_connections_closed_total", labels("reason", "handshake_timeout")))
+	s.stalled.log(t)
+	t.Logf("%d connections went well, %d ended with their backend, %d of them by the drain timeout; %v",
+		len(s.records), s.excused, views[0].total().cut, s.did)
+}
+
+// sumOf is what a pool's counters have to say, and how many connects there were
+// of which that can't be told.
+func sumOf(lines []soakLine) (sum totals, unclear uint64) {
+	for _, l := range lines {
+		if l.Attempts > 0 {
+			sum.errors += l.Attempts - 1
+		}
+		if l.Backend == "" {
+			unclear += min(l.Attempts, 1) // the last one failed, or ended with the client
+			continue
+		}
+		sum.connections++
+		sum.received += l.Received
+		sum.sent += l.Sent
+		if l.Reason == reasonDrainTimeout.String() {
+			sum.cut++
+		}
+	}
+	return sum, unclear
+}
+
+func requireSum(t testing.TB, lines []soakLine, total totals) {
+	t.Helper()
+	sum, unclear := sumOf(lines)
+	require.LessOrEqual(t, total.retries, total.errors)
+	require.GreaterOrEqual(t, total.errors, sum.errors)
+	require.LessOrEqual(t, total.errors, sum.errors+unclear)
+	sum.retries, sum.errors = total.retries, total.errors // not of the last failure of a round
+	require.Equal(t, sum, total)
+}
+
+// requireReasons compares why connections ended with the metrics.
+func requireReasons(t testing.TB, lb string, lines []soakLine) {
+	t.Helper()
+	ended := make(map[string]int)
+	for _, l := range lines {
+		ended[l.Reason]++
+	}
+	for why := reasonNone + 1; why < numReasons; why++ {
+		require.EqualValues(t, ended[why.String()], metric(t, "connections_closed_total", labels("lb", lb, "reason", why.String())), why)
+		delete(ended, why.String())
+	}
+	require.Empty(t, ended)
+}
+
+// requireSeriesToEnd checks that of all backends that came and went nothing is
+// left, but for what was set by hand.
+func (s *soak) requireSeriesToEnd() {
+	t, only := s.t, s.backends[0]
+	reload(t, strings.Replace(s.configOf([]soakMember{{only, 1, false}}, shortDrain, ""), s.source(), `"dynamic_backends":[]`, -1))
+	eventually(t, func() bool { return len(backendStatuses(t)) == 1 }, "the others are gone")
+	registry.mu.Lock()
+	registry.departed.prune(time.Now().Add(departedFor))
+	registry.mu.Unlock()
+	families, err := gathererOf(collector{}).Gather()
+	require.NoError(t, err)
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			require.Contains(t, []string{"", only.address}, labelValue(m, "backend"), f.GetName())
+		}
+	}
+	require.Len(t, families, len(allDescriptions)-1, "all but that of lookups")
+}
+
+// soakLine is a line of the access log.
+type soakLine struct {
+	LB       string `json:"lb"`
+	Client   string `json:"client"`
+	Backend  string `json:"backend"`
+	Attempts uint64 `json:"attempts"`
+	Received uint64 `json:"received_bytes"`
+	Sent     uint64 `json:"sent_bytes"`
+	Reason   string `json:"reason"`
+}
+
+// left reports whether the client ended it.
+func (l soakLine) left() bool {
+	return l.Reason == reasonClientClosed.String() || l.Reason == reasonClientReset.String()
+}
+
+// soakRecord is what a client knows of its connection.
+type soakRecord struct {
+	client         string
+	received, sent uint64 // by the balancer
+	why            reason
+	disturbed      bool // the reason may be another
+	outOfTurn      bool // went to a backup: another connect failed before
+
+	// The client went without waiting for the end, before which something may
+	// have happened to the backend.
+	aborted bool
+}
+
+// cutReasons are what a client's going may have been overtaken by.
+var cutReasons = []string{reasonBackendReset.String(), reasonDrainTimeout.String(), reasonKilled.String()}
+
+func (r soakRecord) agrees(l soakLine) bool {
+	switch {
+	case r.aborted:
+		return l.left() || slices.Contains(cutReasons, l.Reason)
+	case r.outOfTurn && l.Attempts < 2:
+		return false
+	case l.Received != r.received || l.Sent != r.sent:
+		return false
+	default:
+		return r.disturbed || l.Reason == r.why.String()
+	}
+}
+
+// soakLog is a log writer module that keeps the access log in memory.
+var soakLog = new(logMemory)
+
+type logMemory struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func init() { caddy.RegisterModule(soakLog) }
+
+func (*logMemory) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "caddy.logging.writers.tcp_lb_test_memory", New: func() caddy.Module { return new(logMemory) }}
+}
+
+func (*logMemory) String() string                      { return "memory" }
+func (*logMemory) WriterKey() string                   { return "tcp_lb_test_memory" }
+func (*logMemory) OpenWriter() (io.WriteCloser, error) { return soakLog, nil }
+func (*logMemory) Close() error                        { return nil }
+
+func (m *logMemory) Write(p []byte) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.buf.Write(p)
+}
+
+func (m *logMemory) reset() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.buf.Reset()
+}
+
+func (m *logMemory) lines(t testing.TB) (list, stalled []soakLine) {
+	t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for d := json.NewDecoder(&m.buf); d.More(); {
+		var l soakLine
+		require.NoError(t, d.Decode(&l))
+		if l.LB == stallPool {
+			stalled = append(stalled, l)
+		} else {
+			list = append(list, l)
+		}
+	}
+	return list, stalled
+}
