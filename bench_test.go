@@ -28,7 +28,7 @@ func BenchmarkProbe(b *testing.B) {
 	t, err := parseTarget(s.address)
 	require.NoError(b, err)
 	c := &checker{backend: newBackend(nil, s.address, t)}
-	c.settings.Store(&generation{dial: dialTarget, checks: checkSettings{timeout: hangTimeout}})
+	c.settings.Store(&assignment{generation: &generation{dial: dialTarget, checks: checkSettings{timeout: hangTimeout}}})
 	b.ReportAllocs()
 	for b.Loop() {
 		_, err := c.probe(b.Context())

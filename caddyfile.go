@@ -21,6 +21,7 @@ import (
 //			weight <0-256>
 //			backup
 //			max_connections <number>
+//			health_port <port>
 //		}]
 //		dynamic <source> [...]
 //		lb_policy <policy> [...]
@@ -33,6 +34,19 @@ import (
 //		health_passes <number>
 //		health_fails <number>
 //		health_port <port>
+//		health_uri <path>
+//		health_method <method>
+//		health_status <status>
+//		health_headers { <name> <value>... }
+//		health_body <regexp>
+//		health_follow_redirects
+//		health_send <text>
+//		health_expect <text>|~<regexp>
+//		health_check <check> [...]
+//		health_tls [<server name>]
+//		health_tls_insecure_skip_verify
+//		health_tls_trust_pool <module> [...]
+//		health_proxy_protocol v1|v2
 //		max_connections <number>
 //		dial_timeout <duration>
 //		idle_timeout <duration>
@@ -58,7 +72,10 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if len(h.Backends) == 0 && len(h.DynamicBackendsRaw) == 0 {
 		return start.Errf("tcp_lb: no backends: name at least one")
 	}
-	return p.checkIntervals(h)
+	if err := p.checkIntervals(h); err != nil {
+		return err
+	}
+	return p.checkConflict(h, start)
 }
 
 // parser reads the options of one handler, of a backend, or of the app.
@@ -336,6 +353,21 @@ func (p *parser) checkIntervals(h *Handler) error {
 		return place.WrapErr(err)
 	}
 	return nil
+}
+
+// checkConflict needs all options of checks.
+func (p *parser) checkConflict(h *Handler, start *caddyfile.Dispenser) error {
+	if h.HealthChecks == nil {
+		return nil
+	}
+	option, err := h.conflict(func(name string) string { return name })
+	if err == nil {
+		return nil
+	}
+	if place := p.places[option]; place != nil {
+		start = place
+	}
+	return start.WrapErr(fmt.Errorf("tcp_lb: %w", err))
 }
 
 // Interface guard

@@ -224,27 +224,55 @@ func TestCaddyfileRefuses(t *testing.T) {
 
 // validOptions has a valid value of each option but backend.
 var validOptions = map[string]string{
-	"name":                 "web",
-	"dynamic":              "a db.internal 5432",
-	"lb_policy":            "round_robin",
-	"lb_retries":           "3",
-	"lb_try_duration":      "1s",
-	"lb_try_interval":      "1s",
-	"health_interval":      "10s",
-	"health_fast_interval": "1s",
-	"health_timeout":       "1s",
-	"health_passes":        "2",
-	"health_fails":         "2",
-	"health_port":          "8081",
-	"max_connections":      "5000",
-	"dial_timeout":         "1s",
-	"idle_timeout":         "1s",
-	"drain_timeout":        "1s",
-	"access_log":           "",
+	"name":                  "web",
+	"dynamic":               "a db.internal 5432",
+	"lb_policy":             "round_robin",
+	"lb_retries":            "3",
+	"lb_try_duration":       "1s",
+	"lb_try_interval":       "1s",
+	"health_interval":       "10s",
+	"health_fast_interval":  "1s",
+	"health_timeout":        "1s",
+	"health_passes":         "2",
+	"health_fails":          "2",
+	"health_port":           "8081",
+	"health_uri":            "/primary?x=1",
+	"health_method":         "HEAD",
+	"health_status":         "204",
+	"health_headers":        "{\n\t\t\t\t\t\tHost db\n\t\t\t\t\t}",
+	"health_body":           "ok$",
+	"health_send":           `"PING\r\n"`,
+	"health_expect":         "+PONG",
+	"health_tls":            "db.internal",
+	"health_tls_trust_pool": "file testdata/ca.pem",
+	"health_proxy_protocol": "v2",
+	"health_check":          "always",
+	"max_connections":       "5000",
+	"dial_timeout":          "1s",
+	"idle_timeout":          "1s",
+	"drain_timeout":         "1s",
+	"access_log":            "",
+
+	"health_follow_redirects":         "",
+	"health_tls_insecure_skip_verify": "",
+}
+
+// neededOptions has what an option is refused without.
+var neededOptions = map[string]string{
+	"health_method": "health_uri /", "health_status": "health_uri /", "health_headers": "health_uri /",
+	"health_body": "health_uri /", "health_follow_redirects": "health_uri /",
+}
+
+// withNeeded are the lines of an option.
+func withNeeded(option string, lines ...string) []string {
+	if needed := neededOptions[option]; needed != "" {
+		return append([]string{needed}, lines...)
+	}
+	return lines
 }
 
 var (
-	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100"}
+	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008"}
 	validGlobalOptions  = map[string]string{"handshake_timeout": "5s"}
 )
 
@@ -268,17 +296,30 @@ func TestCaddyfileRefusesOfEveryOption(t *testing.T) {
 	}
 	for option, value := range validOptions {
 		valid := strings.TrimSpace(option + " " + value)
-		_, err := adapt(t, lbCaddyfile("good:80", valid))
+		_, err := adapt(t, lbCaddyfile("good:80", withNeeded(option, valid)...))
 		require.NoError(t, err)
 
-		refused("twice", option, 2, []string{valid, valid}, "twice")
-		if option != "dynamic" { // whose values and block are the source's
-			refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
-			refused("extra value", option, 1, []string{valid + " more"}, value, `"more"`)
+		switch option {
+		case "health_send", "health_expect":
+			_, err := adapt(t, lbCaddyfile("good:80", valid, valid))
+			require.NoError(t, err, "each is a step")
+		case "health_headers": // of more lines than one
+			refused("twice", option, 4, []string{valid, valid}, "twice")
+		default:
+			refused("twice", option, 2, []string{valid, valid}, "twice")
 		}
-		if value != "" {
+		switch option {
+		case "dynamic", "health_tls_trust_pool": // whose values and block are the module's
+		case "health_headers": // which is a block
+		default:
+			refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
+			refused("extra value", option, 1, []string{valid + " more"}, strings.Trim(value, `"`), `"more"`)
+		}
+		if value != "" && option != "health_tls" {
 			refused("missing value", option, 1, []string{option}, "missing")
 			refused("missing value before another option", option, 1, []string{option, "backend b:80"}, "missing")
+		}
+		if value != "" && option != "health_tls" && option != "health_headers" {
 			refused("missing value before a block", option, 1, []string{option + " {", "\tinside", "}"}, "missing")
 		}
 	}

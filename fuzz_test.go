@@ -14,6 +14,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,6 +32,9 @@ func FuzzCaddyfile(f *testing.F) {
 	}
 	f.Add("a:80 [::1]:80", "backend unix//run/x.sock 3\nbackend b:80 {\n\tweight 2\n}\nname \"a b\"")
 	f.Add("", "backend {env.A}:80 256 # comment\nhealth_interval off\nhealth_fast_interval 9s")
+	f.Add("a:80", "health_uri /x\nhealth_headers {\n\tHost {env.A}\n}\nhealth_method HEAD\nhealth_status 3xx")
+	f.Add("a:80", "health_send \"a\\x00\"\nhealth_expect ~ \"b c\"\nhealth_expect ~`d`\nhealth_uri /")
+	f.Add("unix//a", "health_tls\nhealth_proxy_protocol v1\nhealth_tls_trust_pool file x {\n}")
 	f.Add("a:80", "health_fast_interval 3s\nhealth_interval 2s")
 	f.Add("a:80", "backend b:80 0\nbackend c:80 {\n\tweight 0\n}")
 	f.Add("a:080 a:80", "idle_timeout 1d12h\nlb_policy round_robin {\n}\n{\n}")
@@ -118,6 +122,7 @@ func requireInRange(t testing.TB, h *Handler) {
 		seen[target.String()] = true
 		requireScrapable(t, h.Name, target.String())
 		number("weight", *b.Weight, 0, 256)
+		number("health_port", b.HealthPort, 0, 65535)
 	}
 	lb, a := h.LoadBalancing, h.HealthChecks.Active
 	require.NotEmpty(t, lb.SelectionPolicyRaw)
@@ -131,6 +136,19 @@ func requireInRange(t testing.TB, h *Handler) {
 	number("passes", a.Passes, 1, 1000)
 	number("fails", a.Fails, 1, 1000)
 	number("port", a.Port, 0, 65535)
+	if a.ExpectStatus >= 10 {
+		number("expect_status", a.ExpectStatus, 100, 599)
+	} else {
+		number("expect_status", a.ExpectStatus, 0, 5)
+	}
+	if a.URI != "" {
+		require.True(t, strings.HasPrefix(a.URI, "/"), "uri %q", a.URI)
+	}
+	require.False(t, a.URI != "" && len(a.Dialogue) > 0, "two checks")
+	for _, s := range a.Dialogue {
+		require.NotEqual(t, s.Send == "", s.Expect == "", "a step is one of two")
+	}
+	require.Contains(t, []checks.ProxyVersion{"", "v1", "v2"}, a.ProxyProtocol)
 	number("max_connections", h.MaxConnections, 0, 1<<31-1)
 	atLeast("dial_timeout", h.DialTimeout, time.Millisecond)
 	atLeast("idle_timeout", *h.IdleTimeout, 0)

@@ -25,6 +25,7 @@ type generation struct {
 	tryDuration  time.Duration
 	tryInterval  time.Duration
 	checks       checkSettings
+	inquiry      inquiry
 	dialTimeout  time.Duration
 	idleTimeout  time.Duration // 0 = never
 	drainTimeout time.Duration
@@ -60,6 +61,7 @@ type member struct {
 	weight         int    // 0–256; 0 = no new connections
 	backup         bool   // only while no other is available
 	maxConnections int    // 0 = no limit
+	healthPort     uint16 // probed in place of the others'; 0 = the same
 	source         string // what found it; empty = the config names it
 }
 

@@ -19,6 +19,7 @@ type checkSettings struct {
 	timeout       time.Duration
 	passes, fails int
 	port          uint16 // 0 = the backend's own
+	asks          string // what they ask of a backend
 }
 
 // verdict is the state of a backend's checks. The zero value is that of a new
@@ -73,7 +74,7 @@ const (
 // checks on.
 type checker struct {
 	backend  *Backend
-	settings atomic.Pointer[generation] // whose checks, dial and logger hold
+	settings atomic.Pointer[assignment] // whose checks, dial and logger hold
 	changed  chan struct{}              // settings has another value
 	suspect  chan struct{}              // a real connect failed
 	wanted   chan struct{}              // a client waits, or was turned away
@@ -84,20 +85,21 @@ type checker struct {
 
 	// The loop's own:
 	verdict   verdict
+	asked     question // of the last probe
 	downSince time.Time
 	began     time.Time // when the last probe did
 	due       time.Time // when the next is
 	slow      bool      // the last probe took longer than promptTime
-	asked     bool      // a client has need of the next
+	needed    bool      // a client has need of the next
 	suspected bool      // a failed connect caused the last
 }
 
-// checkLocked makes g's the settings of b's checker, starting it if need be.
-// The registry's mutex must be held.
-func (b *Backend) checkLocked(g *generation) {
+// checkLocked makes a the settings of b's checker, starting it if need be. The
+// registry's mutex must be held.
+func (b *Backend) checkLocked(a *assignment) {
 	if c := b.checker; c != nil && c.cancel != nil {
-		old := c.settings.Swap(g)
-		if old.checks != g.checks {
+		old := c.settings.Swap(a)
+		if old.checks != a.checks || old.port != a.port {
 			signal(c.changed)
 		}
 		return
@@ -114,7 +116,7 @@ func (b *Backend) checkLocked(g *generation) {
 	if b.checker != nil {
 		c.after = b.checker.done
 	}
-	c.settings.Store(g)
+	c.settings.Store(a)
 	b.checker = c
 	b.checking.Store(c)
 	// Owned by the backend; ends by stopCheckingLocked. Only the next checker
@@ -175,13 +177,17 @@ func (c *checker) run(ctx context.Context) {
 	c.downSince = time.Now()
 	timer := time.NewTimer(0) // the first probe is at once
 	defer timer.Stop()
-	first, again := true, false
+	again := false
 	for c.wait(ctx, timer) {
 		took, err := c.probe(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		checks := c.settings.Load().checks
+		if c.outdated() {
+			c.next(timer, 0)
+			continue
+		}
+		first, checks := !c.verdict.settled, c.settings.Load().checks
 		if isScarcity(err) { // which says nothing of the backend
 			c.backend.setError(err)
 			c.next(timer, checks.fastInterval)
@@ -194,11 +200,12 @@ func (c *checker) run(ctx context.Context) {
 			c.next(timer, min(wantedSpacing, checks.fastInterval))
 			continue
 		}
+		again = false
 		c.judge(err, took)
 		pause := checks.pause(c.verdict, time.Since(c.downSince))
-		c.asked = c.asked && c.verdict.down && c.verdict.run > 0
+		c.needed = c.needed && c.verdict.down && c.verdict.run > 0
 		switch {
-		case c.asked: // and it is coming back
+		case c.needed: // and it is coming back
 			pause = min(wantedSpacing, pause)
 		case first && pause == checks.interval:
 			// Backends of one config start in step; this takes them out of it.
@@ -207,9 +214,18 @@ func (c *checker) run(ctx context.Context) {
 			// So do those that went down together.
 			pause -= rand.N(pause/4 + 1)
 		}
-		first = false
 		c.next(timer, pause)
 	}
+}
+
+// outdated reports whether the last probe asked another question than the next
+// will. Then that decides alone, and until it has the verdict stands.
+func (c *checker) outdated() bool {
+	if c.asked == c.settings.Load().question() {
+		return false
+	}
+	c.verdict = verdict{down: !c.backend.healthy.Load()}
+	return true
 }
 
 // next sets the timer for the next probe.
@@ -232,8 +248,11 @@ func (c *checker) wait(ctx context.Context, timer *time.Timer) bool {
 		case <-timer.C:
 			return true
 		case <-c.changed:
-			pause := c.settings.Load().checks.pause(c.verdict, time.Since(c.downSince))
-			c.due = time.Now().Add(spread(pause))
+			pause := spread(checks.pause(c.verdict, time.Since(c.downSince)))
+			if c.outdated() {
+				pause = 0
+			}
+			c.due = time.Now().Add(pause)
 			timer.Reset(time.Until(c.due))
 			continue
 		case <-c.suspect:
@@ -248,7 +267,7 @@ func (c *checker) wait(ctx context.Context, timer *time.Timer) bool {
 			if !c.verdict.down {
 				continue
 			}
-			c.asked = true
+			c.needed = true
 			spacing = min(wantedSpacing, checks.fastInterval)
 		}
 		if at := c.began.Add(spacing); at.Before(c.due) {
@@ -283,7 +302,7 @@ func (c *checker) queue() queue {
 	switch {
 	case !c.slow:
 		return promptQueue
-	case c.verdict.down && !c.asked:
+	case c.verdict.down && !c.needed:
 		return slowQueue
 	default:
 		return urgentQueue
@@ -291,12 +310,16 @@ func (c *checker) queue() queue {
 }
 
 func (c *checker) connect(ctx context.Context) error {
-	g := c.settings.Load()
+	a := c.settings.Load()
+	c.asked = a.question()
 	t := c.backend.target
-	if g.checks.port != 0 {
-		t = t.withPort(g.checks.port)
+	if a.port != 0 {
+		t = t.withPort(a.port)
 	}
-	conn, err := g.dial(ctx, t, g.checks.timeout)
+	if a.inquiry.check != nil {
+		return a.ask(ctx, t)
+	}
+	conn, err := a.dial(ctx, t, a.checks.timeout)
 	if err != nil {
 		return err
 	}
@@ -306,7 +329,7 @@ func (c *checker) connect(ctx context.Context) error {
 
 // judge counts a result, and on a transition tells everyone.
 func (c *checker) judge(err error, took time.Duration) {
-	b, g := c.backend, c.settings.Load()
+	b, g := c.backend, c.settings.Load().generation
 	b.stats.checkTime.observe(took)
 	if err == nil {
 		b.stats.checksPassed.Add(1)
@@ -329,13 +352,13 @@ func (c *checker) judge(err error, took time.Duration) {
 }
 
 // turn makes the verdict that c came to known. It reports false if c was stopped
-// meanwhile.
+// meanwhile, or is to ask something else.
 func (c *checker) turn(g *generation, err error) bool {
-	c.downSince = time.Now()
 	outdated, turned := registry.turn(c, err)
 	if !turned {
 		return false
 	}
+	c.downSince = time.Now()
 	for _, each := range outdated {
 		each.rebuild()
 	}
@@ -345,12 +368,13 @@ func (c *checker) turn(g *generation, err error) bool {
 
 // turn applies the verdict that c came to, down for the error, and returns the
 // generations whose pickers that makes outdated. It reports false if c was
-// stopped meanwhile: then the backend's state is not c's to change.
+// stopped meanwhile, when the backend's state is not c's to change, or is to ask
+// something else, of which this says nothing.
 func (r *poolRegistry) turn(c *checker, err error) (outdated []*generation, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	b := c.backend
-	if c.cancel == nil || !b.turnLocked(err) {
+	if c.cancel == nil || c.asked != c.settings.Load().question() || !b.turnLocked(err) {
 		return nil, false
 	}
 	return slices.Clone(b.pool.generations), true

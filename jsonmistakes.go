@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"reflect"
 	"slices"
 	"strings"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -39,10 +41,7 @@ func decodePlaced(b []byte, v any, t reflect.Type) error {
 	return err
 }
 
-const (
-	jsonPassive  = "a failed connect has the backend checked at once, see health_checks.active.fails"
-	jsonTCPCheck = "checks are TCP connects, see health_checks.active.interval and health_checks.active.port"
-)
+const jsonPassive = "a failed connect has the backend checked at once, see health_checks.active.fails"
 
 const exampleSources = `[{"source":"a","name":"db.internal","port":5432}]`
 
@@ -60,7 +59,8 @@ var meantFields = map[string]string{
 	"retries": "write load_balancing.retries", "try_duration": "write load_balancing.try_duration", "try_interval": "write load_balancing.try_interval",
 	"interval": "write health_checks.active.interval",
 	"dial":     "address", "host": "address", "addr": "address", "backup": "it belongs to a backend: write it beside its address",
-	"passive": jsonPassive, "max_fails": jsonPassive, "uri": jsonTCPCheck, "path": jsonTCPCheck,
+	"passive": jsonPassive, "max_fails": jsonPassive, "uri": "write health_checks.active.uri", "path": "write health_checks.active.uri", "status": "expect_status", "body": "expect_body",
+	"steps": "dialogue", "trust_pool": "ca",
 	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "tls": noTLS, "proxy_protocol": noProxyHeader,
 }
 
@@ -159,6 +159,10 @@ func wanted(path string, raw json.RawMessage, t reflect.Type) string {
 		return `want a duration such as "10s"` + durationHint(s, text)
 	case t == reflect.TypeFor[caddy.Duration]():
 		return `want a duration such as "10s"`
+	case t == reflect.TypeFor[[]checks.Step]():
+		return `want a list such as [{"send":"PING\\r\\n"},{"expect":"+PONG"}]`
+	case t == reflect.TypeFor[http.Header]():
+		return `want an object such as {"Host":["db.internal"]}`
 	case t == reflect.TypeFor[[]json.RawMessage]():
 		return "want a list such as " + exampleSources
 	case t.Kind() == reflect.Bool:

@@ -102,7 +102,7 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		case !b.used(), b.byHand().state == stateMaint:
 			b.stopCheckingLocked()
 		case ok && g.checks.enabled:
-			b.checkLocked(g)
+			b.checkLocked(&assignment{g, m.checkPort(g)})
 		case ok: // no checks: nothing could bring a down backend up again
 			b.stopCheckingLocked()
 			if b.turnLocked(nil) {

@@ -28,7 +28,6 @@ func init() {
 const (
 	meantBackend  = "write backend <address>"
 	meantPolicy   = "write lb_policy <policy>"
-	meantTCPCheck = "checks are TCP connects, see health_interval and health_port"
 	meantPassive  = "a failed connect has the backend checked at once, see health_fails"
 	meantBackup   = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
 	meantLimit    = "write max_connections in a backend's block"
@@ -68,8 +67,10 @@ var meantOptions = map[string]string{
 	"fall": "health_fails", "fails": "health_fails", "health_fall": "health_fails",
 	"check_port": "health_port", "port": "health_port",
 	"check": setsChecks, "checks": setsChecks, "health": setsChecks, "health_check": setsChecks, "health_checks": setsChecks, "active": setsChecks,
-	"health_uri": meantTCPCheck, "health_path": meantTCPCheck, "health_status": meantTCPCheck, "health_body": meantTCPCheck, "health_headers": meantTCPCheck,
-	"health_method": meantTCPCheck, "health_upstream": meantTCPCheck, "httpchk": meantTCPCheck,
+	"health_path": "health_uri", "uri": "health_uri", "httpchk": "health_uri", "http_check": "health_uri", "health_header": "health_headers", "expect_status": "health_status", "expect_body": "health_body",
+	"health_upstream": "write health_port <port>, for all or in a backend's block", "health_request_body": "HTTP checks send no body",
+	"tcp_check": "write health_send <text> and health_expect <text>", "send": "health_send", "expect": "health_expect", "health_dialogue": "write health_send <text> and health_expect <text>",
+	"check_ssl": "health_tls", "check_sni": "write health_tls <server name>", "health_tls_server_name": "write health_tls <server name>", "health_tls_ca": "health_tls_trust_pool", "check_send_proxy": "health_proxy_protocol",
 	"passive": meantPassive, "max_fails": meantPassive, "fail_duration": meantPassive, "fail_timeout": meantPassive, "unhealthy_status": meantPassive,
 	"unhealthy_latency": meantPassive, "observe": meantPassive,
 

@@ -43,7 +43,6 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"inter 2s":                "did you mean health_interval?",
 		"rise 2":                  "did you mean health_passes?",
 		"fall 3":                  "did you mean health_fails?",
-		"health_uri /health":      "checks are TCP connects, see health_interval and health_port",
 		"health_checks off":       "write health_interval <duration>, or health_interval off",
 		"max_fails 3":             "a failed connect has the backend checked at once",
 		"proxy_connect_timeout 3": "did you mean dial_timeout?",
@@ -101,7 +100,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"backend a:1 check":                  "checks are on unless health_interval is off",
 		"backend a:1 max_conns=30":           "max_conns=30: write it in the block, backend a:1 { max_connections 30 }",
 		"backend a:1 inter 2s":               "write health_interval on a line of its own",
-		"backend a:1 health_port=81":         "it holds for all backends: write it on a line of its own",
+		"backend a:1 health_port=81":         "health_port=81: write it in the block, backend a:1 { health_port 81 }",
 		"backend web1 10.0.0.1:80 check":     "backends have no names of their own: write backend 10.0.0.1:80",
 		"backend a:1 b:1":                    `one address a line, found "b:1" as well: write backend b:1 on the next`,
 		"backend a:1, b:1":                   "without ',': after tcp_lb addresses are separated by spaces, after backend there is one a line",
@@ -165,13 +164,13 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		})
 	}
 	for option, want := range map[string]string{
-		"max_conns 30":   "did you mean max_connections? (there are backup, max_connections, weight)",
-		"wieght 3":       "did you mean weight?",
-		"backups":        "did you mean backup?",
-		"down":           "take the backend out of the config",
-		"health_port 81": "write it outside of this block",
-		"Access-log":     "it holds for all backends: write it outside of this block",
-		"name web1":      "backends have no names of their own",
+		"max_conns 30":  "did you mean max_connections? (there are backup, health_port, max_connections, weight)",
+		"wieght 3":      "did you mean weight?",
+		"backups":       "did you mean backup?",
+		"down":          "take the backend out of the config",
+		"health_uri /x": "it holds for all backends: write it outside of this block",
+		"Access-log":    "it holds for all backends: write it outside of this block",
+		"name web1":     "backends have no names of their own",
 	} {
 		t.Run("in a backend's block: "+option, func(t *testing.T) {
 			requireRefused(t, lbCaddyfile("good:80", "backend a:1 {", "\t"+option, "}"), handlerLine+2, `backend a:1: unknown option`, want)
@@ -209,7 +208,7 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		`"backends":"a:80"`:                                            `backends: want a list such as [{"address":"host:port"}], found "a:80"`,
 		`"backends":{"address":"a:80"}`:                                `backends: want a list`,
 		`"backend":[{"address":"a:80"}]`:                               `unknown field "backend": did you mean backends? (there are access_log, backends, `,
-		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, max_connections, weight)`,
+		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, health_port, max_connections, weight)`,
 		`"backends":[{"address":"a:80","weight":"3"}]`:                 `backends[0].weight "3": want a number, without quotes`,
 		`"backends":[{"address":"a:80","wieght":3}]`:                   `backends[0]: unknown field "wieght": did you mean weight?`,
 		`"backends":[{"address":"a:80","weight":1.5}]`:                 `backends[0].weight 1.5: want a whole number`,
@@ -230,7 +229,6 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		good + `"load_balancing":{"selection_policy":{"policy":"rr"}}`: `selection policy: unknown policy "rr": did you mean round_robin?`,
 		good + `"health_checks":{"interval":"2s"}`:                     `health_checks: unknown field "interval": write health_checks.active.interval`,
 		good + `"health_checks":{"active":{"intervall":1}}`:            `health_checks.active: unknown field "intervall": did you mean interval?`,
-		good + `"health_checks":{"active":{"uri":"/"}}`:                `checks are TCP connects, see health_checks.active.interval`,
 		good + `"health_checks":{"passive":{}}`:                        `a failed connect has the backend checked at once, see health_checks.active.fails`,
 		good + `"health_checks":false`:                                 `health_checks: want an object, found false; {"active":{"disabled":true}} turns checks off`,
 		good + `"health_checks":{"active":"off"}`:                      `health_checks.active: want an object, found "off"; {"disabled":true} turns checks off`,

@@ -3,7 +3,9 @@ package tcplb
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/loop"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
@@ -72,6 +74,9 @@ type BackendConfig struct {
 	// all are full, clients wait in order of arrival, for the try duration at most.
 	// Default: 0, which is no limit.
 	MaxConnections int `json:"max_connections,omitempty"`
+	// HealthPort is probed instead of the backend's own, and of the port that the
+	// active checks name for all. Default and 0: as that says.
+	HealthPort int `json:"health_port,omitempty"`
 }
 
 // LoadBalancing says how a backend is chosen.
@@ -90,11 +95,13 @@ type LoadBalancing struct {
 
 // HealthChecks say how the backends' health is found out.
 type HealthChecks struct {
-	// Active checks connect to each backend now and then.
+	// Active checks ask each backend now and then.
 	Active *ActiveHealthChecks `json:"active,omitempty"`
 }
 
-// ActiveHealthChecks connect to every backend at intervals, over TCP.
+// ActiveHealthChecks connect to every backend at intervals, and may ask it more:
+// by HTTP where URI is set, in a dialogue where Dialogue is, or by a module. All
+// of these may be over TLS.
 type ActiveHealthChecks struct {
 	// Disabled turns the checks off: every backend counts as up.
 	Disabled bool `json:"disabled,omitempty"`
@@ -112,6 +119,31 @@ type ActiveHealthChecks struct {
 	Fails int `json:"fails,omitempty"`
 	// Port is probed instead of the backend's own. Default and 0: the own.
 	Port int `json:"port,omitempty"`
+
+	// URI is what an HTTP check asks for, a path with or without a query. It makes
+	// the checks HTTP checks; this and the next five are those of checks.HTTP.
+	URI string `json:"uri,omitempty"`
+	// Method is the method. Default: GET.
+	Method string `json:"method,omitempty"`
+	// ExpectStatus is the status to answer, or its first digit. Default and 0: 2.
+	ExpectStatus int `json:"expect_status,omitempty"`
+	// Headers are sent along. Default: none.
+	Headers http.Header `json:"headers,omitempty"`
+	// ExpectBody is a regular expression that the body matches. Default: any body.
+	ExpectBody string `json:"expect_body,omitempty"`
+	// FollowRedirects asks again where an answer leads. Default: no.
+	FollowRedirects bool `json:"follow_redirects,omitempty"`
+	// Dialogue is what is sent, and what the answers contain; see checks.Step. It
+	// makes the checks dialogues.
+	Dialogue []checks.Step `json:"dialogue,omitempty"`
+	// CheckRaw is a check of another kind, a module. Default: what is above says.
+	CheckRaw json.RawMessage `json:"check,omitempty" caddy:"namespace=layer4.tcp_lb.checks inline_key=check"`
+	// TLS has the checks speak TLS, of whatever kind they are; alone it wants a
+	// handshake. Default: none.
+	TLS *checks.TLS `json:"tls,omitempty"`
+	// ProxyProtocol is the version, v1 or v2, of the PROXY header that checks begin
+	// with. Default: none.
+	ProxyProtocol checks.ProxyVersion `json:"proxy_protocol,omitempty"`
 }
 
 // CaddyModule returns the Caddy module information.

@@ -87,6 +87,9 @@ func init() {
 		{spec{name: "health_port", values: "<port>", path: "health_checks.active.port", unset: "the backend's own port",
 			help: "probe this port instead"},
 			asNumber(1, math.MaxUint16, 0, plain(func(h *Handler) *int { return &h.activeChecks().Port })).orShown("the backend's own")},
+	}
+	handlerOptions = append(handlerOptions, checkOptions()...)
+	handlerOptions = append(handlerOptions, []option[Handler]{
 
 		{spec{name: "max_connections", values: "<number>", path: "max_connections", unset: "as many as the limit of open files allows",
 			help: "of this pool; further ones are closed"},
@@ -103,7 +106,7 @@ func init() {
 		{spec{name: "access_log", path: "access_log", aside: "Caddy's global option log says where its lines go",
 			help: "one line for each finished connection, WARN if it failed, else INFO; see [docs/logs.md](docs/logs.md)"},
 			asFlag(func(h *Handler) *bool { return &h.AccessLog })},
-	}
+	}...)
 
 	backendOptions = []option[BackendConfig]{
 		{spec{name: "weight", values: "<0-256>", path: "weight", zero: "no new connections, open ones go on",
@@ -115,6 +118,9 @@ func init() {
 		{spec{name: "max_connections", values: "<number>", path: "max_connections", unset: "no limit",
 			help: "open to this backend at once, or connecting; what is over goes to the others, or waits up to `lb_try_duration`"},
 			asNumber(0, math.MaxInt32, 0, plain(func(b *BackendConfig) *int { return &b.MaxConnections }))},
+		{spec{name: "health_port", values: "<port>", path: "health_port", unset: "the handler's",
+			help: "probe this port of the backend instead"},
+			asNumber(1, math.MaxUint16, 0, plain(func(b *BackendConfig) *int { return &b.HealthPort })).orShown("the handler's")},
 	}
 
 	globalOptions = []option[App]{

@@ -62,7 +62,13 @@ func (h *Handler) fill() error {
 }
 
 // check refuses what is wrong in a config whose defaults are filled in.
-func (h *Handler) check() error { return checkAll(h, handlerOptions) }
+func (h *Handler) check() error {
+	if err := checkAll(h, handlerOptions); err != nil {
+		return err
+	}
+	_, err := h.conflict(func(option string) string { return named(handlerOptions, option).path })
+	return err
+}
 
 func checkName(option, name string) error {
 	if name == "" || !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl) {
@@ -121,7 +127,16 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		return nil, fmt.Errorf("tcp_lb %q: %w", h.Name, err)
 	}
 	a := h.HealthChecks.Active
+	asks, err := a.asks()
+	if err != nil {
+		return nil, err
+	}
+	inquiry, err := h.newInquiry(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("tcp_lb %q: %w", h.Name, err)
+	}
 	g := &generation{
+		inquiry:     inquiry,
 		sources:     sources,
 		name:        h.Name,
 		fingerprint: fingerprint,
@@ -138,6 +153,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 			passes:       a.Passes,
 			fails:        a.Fails,
 			port:         uint16(a.Port),
+			asks:         asks,
 		},
 		dialTimeout:  time.Duration(h.DialTimeout),
 		idleTimeout:  time.Duration(*h.IdleTimeout),
@@ -154,7 +170,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		if err != nil {
 			return nil, err
 		}
-		g.config = append(g.config, member{target: t, weight: *b.Weight, backup: b.Backup, maxConnections: b.MaxConnections})
+		g.config = append(g.config, member{target: t, weight: *b.Weight, backup: b.Backup, maxConnections: b.MaxConnections, healthPort: uint16(b.HealthPort)})
 	}
 	return g, nil
 }

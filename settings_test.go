@@ -138,6 +138,7 @@ func TestSettingsReachTheGeneration(t *testing.T) {
 	require.Equal(t, checkSettings{
 		enabled: false, interval: 4 * time.Second, fastInterval: 3 * time.Second, timeout: 5 * time.Second,
 		passes: 6, fails: 7, port: 8,
+		asks: "{}",
 	}, g.checks)
 	require.EqualValues(t, 9, g.limit)
 	require.Equal(t, 10*time.Second, g.dialTimeout)

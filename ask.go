@@ -1,0 +1,173 @@
+package tcplb
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+)
+
+// inquiry is what the checks of a config ask of a backend.
+type inquiry struct {
+	check checks.Check // nil = a connect is enough
+	wire  checks.Wire
+}
+
+// assignment is what a checker works by.
+type assignment struct {
+	*generation
+	port uint16 // 0 = the backend's own
+}
+
+// question is equal for two that ask the same. A verdict is about one question.
+type question struct {
+	asks string
+	port uint16
+}
+
+func (a *assignment) question() question { return question{a.checks.asks, a.port} }
+
+// checkPort returns the port to probe of the member; 0 = its own.
+func (m member) checkPort(g *generation) uint16 {
+	if m.healthPort != 0 {
+		return m.healthPort
+	}
+	return g.checks.port
+}
+
+// ask checks the backend at t once, by more than a connect.
+func (g *generation) ask(ctx context.Context, t target) error {
+	ctx, cancel := context.WithTimeout(ctx, g.checks.timeout)
+	defer cancel()
+	deadline, _ := ctx.Deadline()
+	err := checks.Run(ctx, g.inquiry.check, g.inquiry.wire, checks.Target{
+		Address: t.String(),
+		Host:    t.host,
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			return g.dial(ctx, t, time.Until(deadline))
+		},
+	})
+	var panicked *checks.Panic
+	if errors.As(err, &panicked) {
+		g.logger.Error("panic in a health check", zap.String("lb", g.name), zap.String("backend", t.String()),
+			zap.Any("panic", panicked.Value), zap.ByteString("stack", panicked.Stack))
+	}
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return fmt.Errorf("no verdict within %s: %w", g.checks.timeout, err)
+	}
+	return err
+}
+
+// asks is equal for two settings that ask the same of a backend, whenever and
+// however often they do.
+func (a *ActiveHealthChecks) asks() (string, error) {
+	timeless := *a
+	timeless.Disabled, timeless.Interval, timeless.FastInterval, timeless.Timeout, timeless.Passes, timeless.Fails = false, 0, 0, 0, 0, 0
+	timeless.Port = 0
+	b, err := json.Marshal(timeless)
+	return string(b), err
+}
+
+// newInquiry makes the check of a checked handler.
+func (h *Handler) newInquiry(ctx caddy.Context) (i inquiry, err error) {
+	a := h.activeChecks()
+	if i.check, err = h.newCheck(ctx); err != nil {
+		return i, err
+	}
+	i.wire.Proxy = a.ProxyProtocol
+	if a.TLS != nil {
+		if i.wire.TLS, err = a.TLS.Config(ctx); err != nil {
+			return i, fmt.Errorf("health_checks.active.tls: %w", err)
+		}
+	}
+	if i.check == nil && i.wire != (checks.Wire{}) {
+		i.check = checks.Connect{}
+	}
+	return i, nil
+}
+
+// newCheck returns nil for what is a connect.
+func (h *Handler) newCheck(ctx caddy.Context) (checks.Check, error) {
+	a := h.activeChecks()
+	switch {
+	case a.URI != "":
+		c := &checks.HTTP{
+			URI: a.URI, Method: a.Method, Headers: a.Headers,
+			ExpectStatus: a.ExpectStatus, ExpectBody: a.ExpectBody, FollowRedirects: a.FollowRedirects,
+		}
+		return c, c.Provision(ctx)
+	case len(a.Dialogue) > 0:
+		c := &checks.Dialogue{Steps: a.Dialogue}
+		return c, c.Provision(ctx)
+	case len(a.CheckRaw) == 0:
+		return nil, nil
+	}
+	var named struct {
+		Check string `json:"check"`
+	}
+	if json.Unmarshal(a.CheckRaw, &named) != nil || named.Check == "" {
+		return nil, fmt.Errorf(`health_checks.active.check %s: want an object such as {"check":"http","uri":"/"}`, short(a.CheckRaw))
+	}
+	if err := checkModuleName("check", checks.Namespace, named.Check, nil); err != nil {
+		return nil, fmt.Errorf("health_checks.active.check: %w", err)
+	}
+	module, err := ctx.LoadModule(a, "CheckRaw")
+	if err != nil {
+		return nil, fmt.Errorf("loading the check: %w", err)
+	}
+	check, ok := module.(checks.Check)
+	if !ok {
+		return nil, fmt.Errorf("module %T is not a check", module)
+	}
+	return check, nil
+}
+
+// conflict finds an option of checks that does not go with the others. Their names
+// in the error are by call.
+func (h *Handler) conflict(call func(option string) string) (option string, err error) {
+	a := h.activeChecks()
+	if a.URI == "" {
+		for _, o := range []struct {
+			name string
+			set  bool
+		}{
+			{"health_method", a.Method != ""}, {"health_status", a.ExpectStatus != 0}, {"health_headers", len(a.Headers) > 0},
+			{"health_body", a.ExpectBody != ""}, {"health_follow_redirects", a.FollowRedirects},
+		} {
+			if o.set {
+				return o.name, fmt.Errorf("%s: it is of an HTTP check, for which %s is missing", call(o.name), call("health_uri"))
+			}
+		}
+	}
+	unix := slices.IndexFunc(h.Backends, func(b BackendConfig) bool { return strings.HasPrefix(b.Address, "unix/") })
+	t := h.checkTLS()
+	switch {
+	case a.Method == http.MethodHead && a.ExpectBody != "":
+		return "health_body", fmt.Errorf("%s: a response to HEAD has no body", call("health_body"))
+	case a.URI != "" && len(a.Dialogue) > 0:
+		return dialogueOption(a), fmt.Errorf("%s: a check is by HTTP or a dialogue, and %s is there, too", call(dialogueOption(a)), call("health_uri"))
+	case len(a.CheckRaw) > 0 && a.URI != "":
+		return "health_check", fmt.Errorf("%s: one check is enough, and %s is there, too", call("health_check"), call("health_uri"))
+	case len(a.CheckRaw) > 0 && len(a.Dialogue) > 0:
+		return "health_check", fmt.Errorf("%s: one check is enough, and %s is there, too", call("health_check"), call(dialogueOption(a)))
+	case a.TLS != nil && t.ServerName == "" && !t.InsecureSkipVerify && unix >= 0:
+		return "health_tls", fmt.Errorf("%s: backend %q has no host whose name a certificate could have: write one", call("health_tls"), h.Backends[unix].Address)
+	}
+	return "", nil
+}
+
+func dialogueOption(a *ActiveHealthChecks) string {
+	if a.Dialogue[0].Send != "" {
+		return "health_send"
+	}
+	return "health_expect"
+}

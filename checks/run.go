@@ -1,0 +1,173 @@
+package checks
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime/debug"
+	"strings"
+	"time"
+)
+
+// Wire is what stands between a check and its backend.
+type Wire struct {
+	Proxy ProxyVersion // a PROXY header comes first
+	TLS   *tls.Config  // nil = none; without a server name the backend's host is it
+}
+
+// lingerTime is how long a check waits, once its verdict is certain, for the
+// backend to close first.
+var lingerTime = 50 * time.Millisecond
+
+// Run checks the target once. Its Dial makes the bare connections.
+//
+// After a check that passed they are closed in order: with TLS by a close_notify,
+// and not by a reset, which services log. Who closes first has the port in
+// TIME_WAIT for a minute; where the protocol lets the backend, it is that.
+func Run(ctx context.Context, c Check, w Wire, t Target) (err error) {
+	r := run{ctx: ctx, wire: w, target: t}
+	t.Dial = r.dial
+	returned := false
+	defer func() {
+		if !returned {
+			err = &Panic{recover(), debug.Stack()}
+		}
+		r.close(err == nil)
+	}()
+	err = explained(c.Check(ctx, t))
+	returned = true
+	return err
+}
+
+// Panic is the error of a check that panics, which may be anybody's module.
+type Panic struct {
+	Value any
+	Stack []byte
+}
+
+func (p *Panic) Error() string { return fmt.Sprintf("panic in the check: %v", p.Value) }
+
+// run is one check's connection.
+type run struct {
+	ctx    context.Context
+	wire   Wire
+	target Target
+
+	raw  net.Conn // nil = there is none
+	tls  *tls.Conn
+	stop func() bool // of what ends raw's reads and writes with ctx
+}
+
+func (r *run) dial(ctx context.Context) (net.Conn, error) {
+	r.close(false)
+	raw, err := r.target.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r.raw = raw
+	r.stop = context.AfterFunc(r.ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
+	if header := r.wire.Proxy.local(); header != "" {
+		if _, err := io.WriteString(raw, header); err != nil {
+			return nil, fmt.Errorf("sending the PROXY header: %w", err)
+		}
+	}
+	if r.wire.TLS == nil {
+		return raw, nil
+	}
+	config := r.wire.TLS
+	if config.ServerName == "" {
+		config = config.Clone()
+		config.ServerName = r.target.Host
+	}
+	conn := tls.Client(raw, config)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, fmt.Errorf("TLS handshake: %w", err)
+	}
+	r.tls = conn
+	return conn, nil
+}
+
+// close ends the connection, if there is one; in order if the check passed, so
+// that the backend has nothing to complain of.
+func (r *run) close(passed bool) {
+	if r.raw == nil {
+		return
+	}
+	r.stop()
+	if passed {
+		// What is not read, a session ticket or the rest of an answer, would have
+		// Close send a reset.
+		raw := r.raw
+		timer := time.AfterFunc(lingerTime, func() { _ = raw.Close() })
+		if r.tls != nil {
+			finish(r.tls)
+		} else {
+			finish(raw)
+		}
+		timer.Stop()
+	}
+	_ = r.raw.Close()
+	r.raw, r.tls = nil, nil
+}
+
+// finish says that nothing more comes, and reads until the backend says so, too.
+func finish(conn net.Conn) {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
+		_, _ = io.Copy(io.Discard, conn)
+	}
+}
+
+// awaitClose waits for the backend to close, which it is about to. What it still
+// says is of no use.
+func awaitClose(conn net.Conn) {
+	if conn.SetReadDeadline(time.Now().Add(lingerTime)) == nil {
+		_, _ = io.Copy(io.Discard, conn)
+	}
+}
+
+// maxAnswer is how much of what a backend says is looked at.
+const maxAnswer = 64 << 10
+
+// maxText is the length of what is told of a failure: a backend may answer
+// anything.
+const maxText = 300
+
+// failure is an error in other words.
+type failure struct {
+	text string
+	err  error
+}
+
+func (f *failure) Error() string { return f.text }
+func (f *failure) Unwrap() error { return f.err }
+
+// explained leaves out of an error what its reader has no use for.
+func explained(err error) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	var op *net.OpError
+	if errors.As(err, &op) && op.Source != nil { // with a local port, another one each time
+		text = strings.Replace(text, op.Error(), op.Err.Error(), 1)
+	}
+	if len(text) > maxText {
+		text = strings.ToValidUTF8(text[:maxText], "") + "…"
+	}
+	if text == err.Error() {
+		return err
+	}
+	return &failure{text, err}
+}
+
+// received says what became of a read.
+func received(err error) error {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return &failure{"the backend closed the connection", err}
+	}
+	return err
+}

@@ -1,0 +1,45 @@
+package checks
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddytls"
+)
+
+// TLS has checks speak TLS.
+type TLS struct {
+	// ServerName is the name to ask for, and to find in the certificate. Default:
+	// the backend's host.
+	ServerName string `json:"server_name,omitempty"`
+	// InsecureSkipVerify takes any certificate.
+	InsecureSkipVerify bool `json:"insecure_skip_verify,omitempty"`
+	// CARaw is where the CAs are from that are trusted, a module. Default: the
+	// system's.
+	CARaw json.RawMessage `json:"ca,omitempty" caddy:"namespace=tls.ca_pool.source inline_key=provider"`
+}
+
+// Config loads what it takes to connect.
+func (t *TLS) Config(ctx caddy.Context) (*tls.Config, error) {
+	c := &tls.Config{
+		ServerName:         t.ServerName,
+		InsecureSkipVerify: t.InsecureSkipVerify,
+		NextProtos:         nil, // HTTP/1.1 is what there is without
+		MinVersion:         tls.VersionTLS12,
+	}
+	if len(t.CARaw) == 0 {
+		return c, nil
+	}
+	module, err := ctx.LoadModule(t, "CARaw")
+	if err != nil {
+		return nil, fmt.Errorf("loading the trust pool: %w", err)
+	}
+	ca, ok := module.(caddytls.CA)
+	if !ok {
+		return nil, fmt.Errorf("module %T is no trust pool", module)
+	}
+	c.RootCAs = ca.CertPool()
+	return c, nil
+}
