@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"runtime"
 	"strings"
@@ -170,6 +171,7 @@ func TestManyConnections(t *testing.T) {
 	eventually(t, func() bool {
 		return c.openFiles(t) <= before+files.PerConnection*connections+loops*max(1, runtime.GOMAXPROCS(0)/2)
 	}, "two files each: %v", lazily(func() any { return c.openFiles(t) - before }))
+	require.Less(t, goroutines(t, admin), connections/10, "those that event loops relay have none")
 	for _, conn := range all.served {
 		require.NoError(t, conn.SetDeadline(time.Now().Add(hangTimeout)))
 		write(t, conn, "y")
@@ -179,4 +181,35 @@ func TestManyConnections(t *testing.T) {
 	}
 	all.leave()
 	eventually(t, func() bool { return c.openFiles(t) <= before+2 }, "all files are free again")
+}
+
+// Clients who say nothing cost no goroutine when they have their backend, either,
+// and are served when they begin to speak.
+func TestSilentServedConnectionsCostLittle(t *testing.T) {
+	watchLeftovers(t)
+	const clients = 500
+	s := echoServer(t)
+	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+	startChild(t, adminConfig(admin, web, "tcp_lb/"+lb, `"name":"web",`+backendsJSON(s.address)+"}"))
+	eventually(t, func() bool { return listens(admin) && passedProbes(t, admin, s.address) > 0 }, "listening")
+	before := goroutines(t, admin)
+	conns := make([]net.Conn, clients)
+	for i := range conns {
+		conns[i] = dialClient(t, lb)
+	}
+	eventually(t, func() bool { return scrape(t, admin, "tcp_lb_connections_active") == clients }, "all have their backend")
+	eventually(t, func() bool { return goroutines(t, admin) < before+clients/10 }, "no goroutines: %v", lazily(func() any { return goroutines(t, admin) - before }))
+	for _, c := range conns {
+		write(t, c, "x")
+		expect(t, c, "x")
+	}
+}
+
+// goroutines returns how many the process of an admin endpoint has.
+func goroutines(t testing.TB, admin string) (n int) {
+	t.Helper()
+	_, text := request(t, http.MethodGet, "http://"+admin+"/debug/pprof/goroutine?debug=1", "")
+	_, err := fmt.Sscanf(text, "goroutine profile: total %d", &n)
+	require.NoError(t, err, "%.100q", text)
+	return n
 }

@@ -17,6 +17,9 @@ import (
 // disturb does something, or nothing for a while.
 func (s *soak) disturb() {
 	s.noticeAnswers()
+	for kind := range relaysOf(s.t) {
+		s.relays[kind] = true
+	}
 	b := s.backends[1+s.rnd.IntN(len(s.backends)-1)] // the first always lives
 	switch n := s.rnd.IntN(100); {
 	case n < 20:

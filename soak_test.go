@@ -52,6 +52,7 @@ func TestSoak(t *testing.T) {
 	s.clients.Wait()
 	books.finish(t)
 	s.require(t)
+	require.Len(t, s.relays, 2, "%v", s.relays)
 	s.requireAccounts()
 	s.requireSeriesToEnd()
 }
@@ -68,9 +69,10 @@ type soak struct {
 	backends []*soakBackend
 	first    *Backend // the one that always lives, in the pool
 	names    *nameServer
-	drain    string         // drain_timeout of the running config
-	did      map[string]int // what, how often
-	killed   int            // connections that the admin API said it cuts
+	drain    string          // drain_timeout of the running config
+	did      map[string]int  // what, how often
+	killed   int             // connections that the admin API said it cuts
+	relays   map[string]bool // kinds that were seen
 
 	stop    chan struct{}
 	clients sync.WaitGroup
@@ -100,6 +102,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 		names:    startNameServer(t),
 		drain:    longDrain,
 		did:      make(map[string]int),
+		relays:   make(map[string]bool),
 		stop:     make(chan struct{}),
 	}
 	for _, limit := range []int{6, 3, 0, 0, 0} {

@@ -209,16 +209,38 @@ func TestNoChangeIsMissed(t *testing.T) {
 // generation, from which everything else of it can be reached.
 func TestConnectionKeepsNoConfig(t *testing.T) {
 	requireSharedListener(t)
-	watchLeftovers(t)
-	s, lb := echoServer(t), freeAddress(t)
-	config := func(dial int) string {
-		return lbConfig("tcp_lb/"+lb, fmt.Sprintf(`"dial_timeout":"%ds",%s}`, dial, backendsJSON(s.address)))
+	for name, match := range map[string]string{
+		"bare":             "",
+		"behind a matcher": `{"regexp":{"pattern":"^x","count":1}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			watchLeftovers(t)
+			s, lb := echoServer(t), freeAddress(t)
+			config := func(dial int) string {
+				return routeConfig("tcp_lb/"+lb, "", match, fmt.Sprintf(`"dial_timeout":"%ds",%s}`, dial, backendsJSON(s.address)), "")
+			}
+			runCaddy(t, config(1))
+			c := hold(t, lb)
+			require.Equal(t, map[string]int{"*relay.Looped": 1}, relaysOf(t))
+			requireCollected(t, defaultName, c, config(2), config(3), config(4))
+		})
 	}
-	runCaddy(t, config(1))
-	c := dialClient(t, lb)
-	write(t, c, "x")
-	expect(t, c, "x")
-	requireCollected(t, defaultName, c, config(2), config(3), config(4))
+}
+
+// relaysOf counts the open connections by what relays them.
+func relaysOf(t testing.TB) map[string]int {
+	t.Helper()
+	kinds := make(map[string]int)
+	for _, p := range registry.snapshot() {
+		for _, b := range p.backends {
+			b.visitSessions(func(some []*session) {
+				for _, s := range some {
+					kinds[fmt.Sprintf("%T", s.relay)]++
+				}
+			})
+		}
+	}
+	return kinds
 }
 
 // requireCollected loads the configs, one after the other as Caddy keeps the last
@@ -248,6 +270,7 @@ func TestRemovedPoolKeepsNoConfig(t *testing.T) {
 	}
 	runCaddy(t, config("v1"))
 	c := hold(t, lb)
+	require.Equal(t, map[string]int{"*relay.Looped": 1}, relaysOf(t))
 	requireCollected(t, "v1", c, config("v2"), config("v3"), config("v4"))
 }
 
