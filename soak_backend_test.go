@@ -34,7 +34,8 @@ type soakBackend struct {
 	spare  phase   // it is a backup
 
 	mu     sync.Mutex
-	guests map[*net.TCPConn]troubleMark // that are open at both ends, and what they had been spared
+	guests map[*net.TCPConn]troubleMark // see receive; when they came
+	most   int                          // of them at once
 }
 
 // phase is a time in which something holds for sure, one after the other. One
@@ -152,6 +153,7 @@ func (b *soakBackend) receive(c *net.TCPConn) {
 			open++
 		}
 	}
+	b.most = max(b.most, open)
 	if b.limit > 0 && open > b.limit {
 		b.findings.add("backend %d has %d connections, its limit is %d", b.id, open, b.limit)
 	}

@@ -131,14 +131,20 @@ func (s *soak) reload() {
 			if err := caddy.Load([]byte(config), true); err != nil {
 				s.add("reload: %v", err)
 			}
-			for _, b := range s.backends {
-				b.absent = b.absent && b.inDNS || !b.inDNS
-			}
-			for _, m := range members {
-				m.soakBackend.absent, m.soakBackend.weight, m.soakBackend.backup = false, m.weight, m.backup
-			}
+			s.nowHas(members)
 		})
 	})
+}
+
+// nowHas notes that the running config has the members, and what DNS has.
+func (s *soak) nowHas(members []soakMember) {
+	for _, b := range s.backends {
+		b.absent = b.absent || !b.inDNS
+	}
+	for _, m := range members {
+		b := m.soakBackend
+		b.absent, b.weight, b.backup = false, m.weight, m.backup
+	}
 }
 
 // failToLoad loads a config that can't be run, in one of several ways.
@@ -177,7 +183,7 @@ func (s *soak) setByHand(b *soakBackend) {
 	var c handChange
 	fields := make(map[string]any)
 	if s.rnd.IntN(3) > 0 {
-		state := handState(s.rnd.IntN(int(numStates)))
+		state := []handState{stateReady, stateReady, stateDrain, stateMaint}[s.rnd.IntN(4)]
 		c.state, fields["state"] = &state, state.String()
 	}
 	if len(fields) == 0 || s.rnd.IntN(2) == 0 {

@@ -105,7 +105,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 		relays:   make(map[string]bool),
 		stop:     make(chan struct{}),
 	}
-	for _, limit := range []int{6, 3, 0, 0, 0} {
+	for _, limit := range []int{4, 2, 0, 0, 0} {
 		s.addBackend(listen(t), limit)
 	}
 	_, port, err := net.SplitHostPort(freeAddress(t))
@@ -118,7 +118,9 @@ func startSoak(t testing.TB, seed uint64) *soak {
 	s.names.answer(strings.TrimSuffix(soakName, "."), s.answers()...)
 	soakLog.reset()
 	t.Cleanup(forgetHands)
-	runCaddy(t, s.configOf(s.drawMembers(false), s.drain, ""))
+	members := s.drawMembers(false)
+	runCaddy(t, s.configOf(members, s.drain, ""))
+	s.nowHas(members)
 	eventually(t, func() bool { return len(s.configured()) == len(s.backends) }, "the answer of DNS")
 	checked(t)
 	s.first = registry.newest(soakPool).members()[0].Backend
