@@ -75,11 +75,11 @@ type outcome struct {
 // have one that it has tried. What came of it is in w.turn, which is w's when it
 // is not in line any more.
 func (p *pool) stand(w *waiter, g *generation, again bool) (t outcome) {
+	q := &p.waiters
+	q.mu.Lock() // before the look: once a config was reviewed, nobody offers by the one before
 	if newest := p.newest.Load(); newest != nil {
 		g = newest
 	}
-	q := &p.waiters
-	q.mu.Lock()
 	if w.turn == (outcome{}) {
 		isNew := w.in == nil
 		if again && len(w.request.tried) > 0 {
@@ -211,9 +211,9 @@ func (p *pool) freePlace(b *Backend) (last bool) {
 // could start over with a backend that they have tried, and everyone where another
 // config holds, or none does any more.
 func (p *pool) review() {
-	g := p.newest.Load()
 	q := &p.waiters
 	q.mu.Lock()
+	g := p.newest.Load()
 	q.noRoom = false
 	if g != nil {
 		q.serveLocked(g, nil)

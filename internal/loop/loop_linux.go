@@ -29,6 +29,8 @@ const (
 // Loop calls its handlers in one goroutine. Methods are for the handlers, while
 // they are called, unless they say otherwise.
 type Loop struct {
+	load atomic.Int64 // users, for those who choose a loop
+
 	mu      sync.Mutex
 	running bool     // guarded by mu, as the next two
 	users   int      // from Acquire to Leave
@@ -64,15 +66,14 @@ var loops struct {
 	once sync.Once
 	most atomic.Int64 // 0 = as many as are of use
 	all  []*Loop
-	next atomic.Uint32
 }
 
 // Limit sets how many loops there may be, each of two files: one at least. It is
 // called before the first Acquire.
 func Limit(most int) { loops.most.Store(int64(max(1, most))) }
 
-// Acquire returns a loop that runs, and goes on until Leave is called. It may be
-// called by anybody. It fails where the process has no files to spare.
+// Acquire returns the loop with the fewest users, which runs and goes on until
+// Leave is called. It may be called by anybody. It fails where the process has no files to spare.
 func Acquire() (*Loop, error) {
 	loops.once.Do(func() {
 		n := max(1, runtime.GOMAXPROCS(0)/2)
@@ -83,8 +84,20 @@ func Acquire() (*Loop, error) {
 			loops.all = append(loops.all, new(Loop))
 		}
 	})
-	l := loops.all[int(loops.next.Add(1)-1)%len(loops.all)]
+	l := fewest(loops.all)
 	return l, l.acquire()
+}
+
+// fewest returns the loop with the fewest users. Taking turns would not do: a
+// connection may use a loop once to connect, and again to be relayed.
+func fewest(all []*Loop) *Loop {
+	least := all[0]
+	for _, l := range all[1:] {
+		if l.load.Load() < least.load.Load() {
+			least = l
+		}
+	}
+	return least
 }
 
 func (l *Loop) acquire() error {
@@ -98,6 +111,7 @@ func (l *Loop) acquire() error {
 		go l.run() // ends when it has no users
 	}
 	l.users++
+	l.load.Add(1)
 	return nil
 }
 
@@ -105,6 +119,7 @@ func (l *Loop) acquire() error {
 func (l *Loop) Leave() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.load.Add(-1)
 	if l.users--; l.users == 0 {
 		l.wakeLocked()
 	}

@@ -218,6 +218,27 @@ func TestWheelSleeps(t *testing.T) {
 	}
 }
 
+// Users spread over all loops, whatever they are and in whichever order they leave.
+func TestLoopsAreSharedEvenly(t *testing.T) {
+	all := []*Loop{new(Loop), new(Loop), new(Loop), new(Loop)}
+	acquire := func() *Loop {
+		l := fewest(all)
+		l.load.Add(1)
+		return l
+	}
+	for range 100 {
+		acquire().load.Add(-1) // a connect that takes a while
+		acquire()              // its relay
+	}
+	for _, l := range all {
+		require.EqualValues(t, 25, l.load.Load())
+	}
+	all[2].load.Add(-20)
+	for range 20 {
+		require.Same(t, all[2], acquire())
+	}
+}
+
 func TestLoopCallsInTurn(t *testing.T) {
 	l := acquire(t)
 	var order []int
