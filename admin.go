@@ -57,12 +57,13 @@ type backendStatus struct {
 	Backup           bool       `json:"backup"`
 	ConnectionsTotal uint64     `json:"connections_total"`
 	ErrorsTotal      uint64     `json:"errors_total"`
-	ReceivedBytes    uint64     `json:"received_bytes"`     // from clients
-	SentBytes        uint64     `json:"sent_bytes"`         // to clients
-	LastCheck        *time.Time `json:"last_check"`         // null = none yet
-	LastError        string     `json:"last_error"`         // of the last probe or connect; empty once a probe succeeded and while names resolve
-	LastConnect      *time.Time `json:"last_connect"`       // for a client; null = none yet
-	LastConnectError string     `json:"last_connect_error"` // empty = it worked
+	ReceivedBytes    uint64     `json:"received_bytes"`          // from clients
+	SentBytes        uint64     `json:"sent_bytes"`              // to clients
+	LastCheck        *time.Time `json:"last_check"`              // null = none yet
+	LastError        string     `json:"last_error"`              // of the last probe or connect; empty once a probe succeeded and while names resolve
+	LastConnect      *time.Time `json:"last_connect"`            // for a client; null = none yet
+	EjectedUntil     *time.Time `json:"ejected_until,omitempty"` // since clients' connections failed; nil = it is not
+	LastConnectError string     `json:"last_connect_error"`      // empty = it worked
 }
 
 // poolSummary is one pool as the admin API shows it. Its numbers are those since
@@ -201,6 +202,7 @@ func (b *Backend) status(lb string) backendStatus {
 		SentBytes:        b.stats.sent.Load(),
 	}
 	s.LastCheck, s.LastConnect = momentOf(&b.lastCheck), momentOf(&b.lastConnect)
+	s.EjectedUntil = momentOf(&b.ejected)
 	s.LastError, s.LastConnectError = textOf(&b.lastError), textOf(&b.lastConnectError)
 	if s.LastError == "" {
 		s.LastError = b.target.name.troubled()

@@ -72,7 +72,7 @@ func (g *generation) ask(ctx context.Context, t target) error {
 func (a *ActiveHealthChecks) asks() (string, error) {
 	timeless := *a
 	timeless.Disabled, timeless.Interval, timeless.FastInterval, timeless.Timeout, timeless.Passes, timeless.Fails = false, 0, 0, 0, 0, 0
-	timeless.Port = 0
+	timeless.Port, timeless.InitiallyUnhealthy = 0, false
 	b, err := json.Marshal(timeless)
 	return string(b), err
 }
@@ -148,9 +148,16 @@ func (h *Handler) conflict(call func(option string) string) (option string, err 
 			}
 		}
 	}
+	passive := h.HealthChecks.Passive
 	unix := slices.IndexFunc(h.Backends, func(b BackendConfig) bool { return strings.HasPrefix(b.Address, "unix/") })
 	t := h.checkTLS()
 	switch {
+	case passive != nil && passive.MaxFails > 0 && passive.FailDuration == 0:
+		return "max_fails", fmt.Errorf("%s: it counts within a time, and %s is missing", call("max_fails"), call("fail_duration"))
+	case a.InitiallyUnhealthy && a.Disabled:
+		return "health_initially_unhealthy", fmt.Errorf("%s: without checks no backend would ever be up", call("health_initially_unhealthy"))
+	case h.CloseIfUnhealthy != nil && a.Disabled:
+		return "close_if_unhealthy", fmt.Errorf("%s: without checks no backend is ever found down", call("close_if_unhealthy"))
 	case a.Method == http.MethodHead && a.ExpectBody != "":
 		return "health_body", fmt.Errorf("%s: a response to HEAD has no body", call("health_body"))
 	case a.URI != "" && len(a.Dialogue) > 0:

@@ -18,7 +18,8 @@ type Backend struct {
 
 	// healthy is the checker's verdict, see setHealthy; a backend starts up.
 	healthy atomic.Bool
-	barred  atomic.Bool // by hand, by its weight, or since it left a pool that goes on
+	barred  atomic.Bool  // by hand, by its weight, or since it left a pool that goes on
+	ejected atomic.Int64 // Unix nanoseconds until which it is, as clients' connections failed; 0 = it is not
 	// load counts the connections that picked the backend and have not ended, be
 	// they connecting or open; retired once the backend was dropped from its pool.
 	load atomic.Int64
@@ -49,6 +50,14 @@ type Backend struct {
 	drainEnd time.Time   // when that is
 	cutAt    bool        // the drain timeout is over: later sessions end at once
 	drained  drained
+	closing  *time.Timer // runs, or has run, while it is down and its sessions are not to go on
+	closeAt  time.Time   // when that ends
+	closed   bool        // it has: later sessions end at once
+
+	failures failures
+	ejection *time.Timer // ends ejected; guarded by the registry
+	fresh    bool        // it has just joined; guarded by the registry
+	untold   bool        // down, but by no check; guarded by the registry
 
 	checker  *checker                // the running one, or the last; guarded by the registry's mutex
 	checking atomic.Pointer[checker] // the running one: see checkSoon and probeWanted
@@ -66,6 +75,7 @@ type stats struct {
 
 	checksPassed, checksFailed atomic.Uint64
 	turnedUp, turnedDown       atomic.Uint64
+	ejections                  atomic.Uint64
 	turnedAt                   atomic.Int64 // Unix nanoseconds of the last of those; 0 = none yet
 
 	dialTime  histogram
@@ -94,9 +104,11 @@ func (b *Backend) Address() string { return b.address }
 func (b *Backend) Load() int64 { return max(0, b.load.Load()) }
 
 // Available reports whether new connections may go to the backend. It is the
-// one place where the verdict of the health checks, the state that was set by
-// hand and the weight become an answer. Every pick asks it.
-func (b *Backend) Available() bool { return b.healthy.Load() && !b.barred.Load() }
+// one place where the verdict of the health checks, failures of clients, the state
+// that was set by hand and the weight become an answer. Every pick asks it.
+func (b *Backend) Available() bool {
+	return b.healthy.Load() && !b.barred.Load() && b.ejected.Load() == 0
+}
 
 // setHealthy sets the verdict, and reports whether it is another one.
 func (b *Backend) setHealthy(up bool) (changed bool) { return b.healthy.Swap(up) != up }
@@ -181,9 +193,10 @@ func (b *Backend) used() bool {
 	return b.users > 0
 }
 
-// enter adds a connected session. It reports false when the backend left the
-// config so long ago that the session is over before it began.
-func (b *Backend) enter(s *session) bool {
+// enter adds a connected session. It returns the reason if that is over before it
+// began: the backend left the config so long ago, or it is down and its sessions
+// were cut; else reasonNone.
+func (b *Backend) enter(s *session) reason {
 	b.stats.opened.Add(1)
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -191,7 +204,13 @@ func (b *Backend) enter(s *session) bool {
 	if b.users == 0 && b.drain == nil { // adopted
 		b.drain = time.AfterFunc(time.Until(b.drainEnd), b.cut)
 	}
-	return !b.cutAt
+	switch {
+	case b.cutAt:
+		return reasonDrainTimeout
+	case b.closed:
+		return reasonBackendDown
+	}
+	return reasonNone
 }
 
 // serves reports whether a new connection may stay: not one to a backend that
@@ -289,10 +308,7 @@ func (b *Backend) cut() {
 		return // back in a config just as the timer fired
 	}
 	b.cutAt = true
-	open := make([]*session, 0, len(b.sessions))
-	for s := range b.sessions {
-		open = append(open, s)
-	}
+	open := b.openLocked()
 	b.drained.cut += len(open)
 	b.mu.Unlock()
 	for _, s := range open {

@@ -221,6 +221,7 @@ func (b *Backend) unpark() {
 // forgetChecks makes b one that has yet to be checked.
 func (b *Backend) forgetChecks() {
 	b.setHealthy(true)
+	b.fresh, b.untold = true, false
 	b.lastCheck.Store(0)
 	b.lastError.Store(nil)
 }

@@ -47,6 +47,10 @@ import (
 //		health_tls_insecure_skip_verify
 //		health_tls_trust_pool <module> [...]
 //		health_proxy_protocol v1|v2
+//		health_initially_unhealthy
+//		close_if_unhealthy [<duration>]
+//		fail_duration <duration>
+//		max_fails <number>
 //		max_connections <number>
 //		dial_timeout <duration>
 //		idle_timeout <duration>

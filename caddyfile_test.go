@@ -254,13 +254,17 @@ var validOptions = map[string]string{
 	"access_log":            "",
 
 	"health_follow_redirects":         "",
+	"health_initially_unhealthy":      "",
+	"close_if_unhealthy":              "10s",
+	"fail_duration":                   "10s",
+	"max_fails":                       "3",
 	"health_tls_insecure_skip_verify": "",
 }
 
 // neededOptions has what an option is refused without.
 var neededOptions = map[string]string{
 	"health_method": "health_uri /", "health_status": "health_uri /", "health_headers": "health_uri /",
-	"health_body": "health_uri /", "health_follow_redirects": "health_uri /",
+	"health_body": "health_uri /", "health_follow_redirects": "health_uri /", "max_fails": "fail_duration 10s",
 }
 
 // withNeeded are the lines of an option.
@@ -279,11 +283,11 @@ var (
 var (
 	durationOptions = []string{
 		"lb_try_duration", "lb_try_interval", "health_interval", "health_fast_interval", "health_timeout",
-		"dial_timeout", "idle_timeout", "drain_timeout",
+		"dial_timeout", "idle_timeout", "drain_timeout", "fail_duration", "close_if_unhealthy",
 	}
 	// nonzeroDurations can't be 0: they would have a probe or a try without end.
 	nonzeroDurations = []string{"lb_try_interval", "health_interval", "health_fast_interval", "health_timeout", "dial_timeout"}
-	numberOptions    = []string{"lb_retries", "health_passes", "health_fails", "health_port", "max_connections"}
+	numberOptions    = []string{"lb_retries", "health_passes", "health_fails", "health_port", "max_connections", "max_fails"}
 )
 
 // TestCaddyfileRefusesOfEveryOption has the mistakes that each option can have.
@@ -315,11 +319,11 @@ func TestCaddyfileRefusesOfEveryOption(t *testing.T) {
 			refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
 			refused("extra value", option, 1, []string{valid + " more"}, strings.Trim(value, `"`), `"more"`)
 		}
-		if value != "" && option != "health_tls" {
+		if value != "" && option != "health_tls" && option != "close_if_unhealthy" {
 			refused("missing value", option, 1, []string{option}, "missing")
 			refused("missing value before another option", option, 1, []string{option, "backend b:80"}, "missing")
 		}
-		if value != "" && option != "health_tls" && option != "health_headers" {
+		if value != "" && option != "health_tls" && option != "close_if_unhealthy" && option != "health_headers" {
 			refused("missing value before a block", option, 1, []string{option + " {", "\tinside", "}"}, "missing")
 		}
 	}

@@ -9,12 +9,13 @@ import (
 	"strings"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/mholt/caddy-l4/layer4"
 )
 
-// checkOptions say what a check asks of a backend.
+// checkOptions say what a check asks of a backend, and what follows from that.
 func checkOptions() []option[Handler] {
 	return []option[Handler]{
 		{spec{name: "health_uri", values: "<path>", path: "health_checks.active.uri", unset: "no HTTP check",
@@ -56,6 +57,19 @@ func checkOptions() []option[Handler] {
 		{spec{name: "health_proxy_protocol", values: "v1|v2", path: "health_checks.active.proxy_protocol", unset: "none",
 			help: "checks begin with a PROXY header that says they are the balancer's own (`LOCAL`, in v1 `UNKNOWN`)"},
 			asOptionalText("v1 or v2", checkProxyVersion, func(h *Handler) *string { return (*string)(&h.activeChecks().ProxyProtocol) })},
+
+		{spec{name: "health_initially_unhealthy", path: "health_checks.active.initially_unhealthy",
+			help: "a backend that is new is down until its first check has passed; a reload leaves those that there are"},
+			asFlag(func(h *Handler) *bool { return &h.activeChecks().InitiallyUnhealthy })},
+		{spec{name: "close_if_unhealthy", values: "[<duration>]", path: "close_if_unhealthy", unset: "off, connections go on",
+			help: "cut the connections of a backend that checks have found down, so long after; without a value at once"},
+			kind[Handler]{read: (*parser).closeIfUnhealthy, check: checkCloseIfUnhealthy, show: closeIfUnhealthyText}},
+		{spec{name: "fail_duration", values: "<duration>", path: "health_checks.passive.fail_duration", zero: "never",
+			help: "a backend with `max_fails` failed connections of clients within this time is taken out for as long, unless it is the last"},
+			asDuration(0, 0, plain(func(h *Handler) *caddy.Duration { return &h.passiveChecks().FailDuration }))},
+		{spec{name: "max_fails", values: "<number>", path: "health_checks.passive.max_fails", unset: "1",
+			help: "connects that fail, and connections that the backend resets, or closes within a second, before it has sent a byte"},
+			asNumber(1, maxCounts, 0, plain(func(h *Handler) *int { return &h.passiveChecks().MaxFails })).orShown("1")},
 	}
 }
 
@@ -214,6 +228,40 @@ func checkProxyVersion(version string) error {
 		return fmt.Errorf("%s: want v1 or v2", version)
 	}
 	return nil
+}
+
+func (p *parser) closeIfUnhealthy(s spec, h *Handler) error {
+	h.CloseIfUnhealthy = new(caddy.Duration)
+	if !p.NextArg() {
+		return nil
+	}
+	text := p.Val()
+	d, err := caddy.ParseDuration(text)
+	if err != nil {
+		return p.Errf("%s %s: want a duration such as 10s, or nothing for at once%s", s.name, text, durationHint(s, text))
+	}
+	if err := checkDuration(s.name, caddy.Duration(d), 0); err != nil {
+		return p.located(err)
+	}
+	*h.CloseIfUnhealthy = caddy.Duration(d)
+	if p.NextArg() {
+		return p.Errf("%s %s: one value is enough, found %q", s.name, text, p.Val())
+	}
+	return nil
+}
+
+func checkCloseIfUnhealthy(path string, h *Handler) error {
+	if h.CloseIfUnhealthy == nil {
+		return nil
+	}
+	return checkJSONDuration(path, *h.CloseIfUnhealthy, 0)
+}
+
+func closeIfUnhealthyText(h *Handler) string {
+	if h.CloseIfUnhealthy == nil {
+		return "off"
+	}
+	return durationText(*h.CloseIfUnhealthy)
 }
 
 // healthHeaders reads a block of headers, one a line.

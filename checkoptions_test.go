@@ -48,6 +48,10 @@ func TestCaddyfileSaysWhatIsMeantOfChecks(t *testing.T) {
 		{[]string{"health_headers {", "\tA", "}"}, 2, "health_headers: A: the value is missing"},
 		{[]string{"health_headers {", "\tA b {", "\t\tc d", "\t}", "}"}, 3, `health_headers: A: takes no block, found "c"`},
 		{[]string{"health_headers {", "\tConnection close", "}"}, 2, "header Connection: it is the check's own to say"},
+		{[]string{"name web", "max_fails 3"}, 2, "max_fails: it counts within a time, and fail_duration is missing"},
+		{[]string{"health_initially_unhealthy", "health_interval off"}, 1, "health_initially_unhealthy: without checks no backend would ever be up"},
+		{[]string{"close_if_unhealthy 5s", "health_interval off"}, 1, "close_if_unhealthy: without checks no backend is ever found down"},
+		{[]string{"close_if_unhealthy soon"}, 1, "close_if_unhealthy soon: want a duration such as 10s, or nothing for at once"},
 	} {
 		requireRefused(t, lbCaddyfile("good:80", c.lines...), handlerLine+c.at, c.want)
 	}

@@ -228,6 +228,7 @@ func (b *Backend) noteFailure(err error) {
 	b.setError(err)
 	if !isScarcity(err) {
 		b.checkSoon()
+		b.failed(oneLine(err))
 	}
 }
 

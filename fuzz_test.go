@@ -149,6 +149,11 @@ func requireInRange(t testing.TB, h *Handler) {
 		require.NotEqual(t, s.Send == "", s.Expect == "", "a step is one of two")
 	}
 	require.Contains(t, []checks.ProxyVersion{"", "v1", "v2"}, a.ProxyProtocol)
+	atLeast("fail_duration", h.passiveChecks().FailDuration, 0)
+	number("max_fails", h.passiveChecks().MaxFails, 0, 1000)
+	if h.CloseIfUnhealthy != nil {
+		atLeast("close_if_unhealthy", *h.CloseIfUnhealthy, 0)
+	}
 	number("max_connections", h.MaxConnections, 0, 1<<31-1)
 	atLeast("dial_timeout", h.DialTimeout, time.Millisecond)
 	atLeast("idle_timeout", *h.IdleTimeout, 0)

@@ -26,6 +26,8 @@ type generation struct {
 	tryInterval  time.Duration
 	checks       checkSettings
 	inquiry      inquiry
+	passive      passiveSettings
+	closeAfter   *time.Duration // what connections get once their backend is down; nil = they go on
 	dialTimeout  time.Duration
 	idleTimeout  time.Duration // 0 = never
 	drainTimeout time.Duration

@@ -20,6 +20,7 @@ type checkSettings struct {
 	passes, fails int
 	port          uint16 // 0 = the backend's own
 	asks          string // what they ask of a backend
+	initiallyDown bool   // until the first has passed
 }
 
 // verdict is the state of a backend's checks. The zero value is that of a new
@@ -343,7 +344,7 @@ func (c *checker) judge(err error, took time.Duration) {
 	was := c.verdict
 	c.verdict = was.next(err == nil, g.checks.passes, g.checks.fails)
 	turned := false
-	if c.verdict.down != was.down {
+	if c.verdict.down != was.down || !was.settled {
 		turned = c.turn(g, err)
 	}
 	if first := !c.judged.Swap(true); first || turned {
@@ -354,7 +355,7 @@ func (c *checker) judge(err error, took time.Duration) {
 // turn makes the verdict that c came to known. It reports false if c was stopped
 // meanwhile, or is to ask something else.
 func (c *checker) turn(g *generation, err error) bool {
-	outdated, turned := registry.turn(c, err)
+	outdated, lines, turned := registry.turn(c, err)
 	if !turned {
 		return false
 	}
@@ -363,6 +364,7 @@ func (c *checker) turn(g *generation, err error) bool {
 		each.rebuild()
 	}
 	c.backend.logTurn(g, err)
+	lines.write(g.logger)
 	return true
 }
 
@@ -370,14 +372,17 @@ func (c *checker) turn(g *generation, err error) bool {
 // generations whose pickers that makes outdated. It reports false if c was
 // stopped meanwhile, when the backend's state is not c's to change, or is to ask
 // something else, of which this says nothing.
-func (r *poolRegistry) turn(c *checker, err error) (outdated []*generation, ok bool) {
+func (r *poolRegistry) turn(c *checker, err error) (outdated []*generation, lines logLines, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	b := c.backend
 	if c.cancel == nil || c.asked != c.settings.Load().question() || !b.turnLocked(err) {
-		return nil, false
+		return nil, nil, false
 	}
-	return slices.Clone(b.pool.generations), true
+	g := b.pool.newest.Load()
+	b.setClosingLocked(g, g != nil)
+	b.pool.readmitLastLocked(&lines)
+	return slices.Clone(b.pool.generations), lines, true
 }
 
 // turnLocked makes the backend down for the error, or up for none, counts that
@@ -385,9 +390,10 @@ func (r *poolRegistry) turn(c *checker, err error) (outdated []*generation, ok b
 // must be held: who turns a backend and who takes its checker away are then one
 // after the other, and so are the events.
 func (b *Backend) turnLocked(err error) bool {
-	if !b.setHealthy(err == nil) {
+	if !b.setHealthy(err == nil) && !(b.untold && err != nil) {
 		return false
 	}
+	b.untold = false
 	b.stats.turnedAt.Store(time.Now().UnixNano())
 	event, data := "healthy", map[string]any{"lb": b.pool.name, "backend": b.address}
 	if err == nil {

@@ -41,8 +41,6 @@ func decodePlaced(b []byte, v any, t reflect.Type) error {
 	return err
 }
 
-const jsonPassive = "a failed connect has the backend checked at once, see health_checks.active.fails"
-
 const exampleSources = `[{"source":"a","name":"db.internal","port":5432}]`
 
 // checksOffJSON is what turns checks off, by the value that was meant to.
@@ -59,7 +57,7 @@ var meantFields = map[string]string{
 	"retries": "write load_balancing.retries", "try_duration": "write load_balancing.try_duration", "try_interval": "write load_balancing.try_interval",
 	"interval": "write health_checks.active.interval",
 	"dial":     "address", "host": "address", "addr": "address", "backup": "it belongs to a backend: write it beside its address",
-	"passive": jsonPassive, "max_fails": jsonPassive, "uri": "write health_checks.active.uri", "path": "write health_checks.active.uri", "status": "expect_status", "body": "expect_body",
+	"passive": "write health_checks.passive", "max_fails": "write health_checks.passive.max_fails", "uri": "write health_checks.active.uri", "path": "write health_checks.active.uri", "status": "expect_status", "body": "expect_body",
 	"steps": "dialogue", "trust_pool": "ca",
 	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "tls": noTLS, "proxy_protocol": noProxyHeader,
 }

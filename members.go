@@ -36,6 +36,7 @@ func (r *poolRegistry) enrollLocked(p *pool, g *generation, members []member, un
 		case !ok:
 			t.joined++
 			came, open := b.join()
+			b.fresh = b.fresh || came
 			t.lines.joined(b, came, open, m)
 		case was.weight != m.weight || was.backup != m.backup || was.maxConnections != m.maxConnections:
 			t.reweighed++
@@ -102,14 +103,21 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		case !b.used(), b.byHand().state == stateMaint:
 			b.stopCheckingLocked()
 		case ok && g.checks.enabled:
+			b.doubtLocked(g)
 			b.checkLocked(&assignment{g, m.checkPort(g)})
 		case ok: // no checks: nothing could bring a down backend up again
 			b.stopCheckingLocked()
+			b.fresh = false
 			if b.turnLocked(nil) {
 				t.revived = append(t.revived, b)
 			}
 		}
+		b.setClosingLocked(g, ok)
+		if !ok || g.passive.failDuration == 0 || b.byHand().state == stateMaint {
+			changed = b.readmitLocked(&t.lines, "backend's time out ends with its config") || changed
+		}
 	}
+	changed = p.readmitLastLocked(&t.lines) || changed
 	if changed || len(t.revived) > 0 {
 		t.outdated = slices.Clone(p.generations)
 	}

@@ -55,6 +55,8 @@ var (
 	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
 	descCheckDuration    = describe("health_check_duration_seconds", "Time that health checks took.")
 	descTransitions      = describe("health_transitions_total", "Changes of the backend's health.", "to")
+	descEjected          = describe("backend_ejected", "Whether the backend is taken out for a while since clients' connections failed (1) or not (0); only with fail_duration.")
+	descEjections        = describe("ejections_total", "Times that the backend was taken out since clients' connections failed; only with fail_duration.")
 	descConnections      = describe("connections_total", "Connections that were connected to the backend.")
 	descActive           = describe("connections_active", "Connections that are open to the backend.")
 	descErrors           = describe("connection_errors_total", "Failed connects to the backend, and connections refused without one.", "error_type")
@@ -78,7 +80,7 @@ var (
 	descSourceBackends   = describeWith([]string{"lb", "source"}, "source_backends", "Backends that the source has found.")
 	descSourceFailing    = describeWith([]string{"lb", "source"}, "source_failing", "Whether the last lookup failed or found nothing (1), in whole or in part, so that what was found before serves on.")
 	descTurnedAway       = describeWith([]string{"listener", "reason"}, "listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.")
-	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly, reasonKilled}
+	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly, reasonKilled, reasonBackendDown}
 	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
 )
 
@@ -160,6 +162,9 @@ func (m *emitter) unserved(p *pool) {
 // gauges sends how a backend is, of one that is in the config or drained.
 func (m *emitter) gauges(b *Backend) {
 	m.gauge(descHealthy, oneIf(b.healthy.Load()))
+	if b.isWatched() {
+		m.gauge(descEjected, oneIf(b.ejected.Load() != 0))
+	}
 	m.gauge(descChecked, oneIf(b.isChecked()))
 	m.gauge(descWeight, float64(b.weight.Load()))
 	m.gauge(descEffectiveWeight, float64(b.effective.Load()))
@@ -180,6 +185,9 @@ func (m *emitter) counters(b *Backend) {
 	m.histogram(descCheckDuration, &s.checkTime)
 	m.counter(descTransitions, s.turnedUp.Load(), "up")
 	m.counter(descTransitions, s.turnedDown.Load(), "down")
+	if b.isWatched() {
+		m.counter(descEjections, s.ejections.Load())
+	}
 	m.counter(descConnections, opened)
 	m.gauge(descActive, float64(active))
 	for e, name := range dialErrorNames {

@@ -52,7 +52,7 @@ func exposition(t testing.TB) string {
 func TestMetricsReference(t *testing.T) {
 	lb := freeAddress(t)
 	find()
-	runCaddy(t, lbConfig("tcp_lb/"+lb, backendsJSON(namedServer(t, "a").address)+`,"dynamic_backends":[{"source":"tcp_lb_test"}]}`))
+	runCaddy(t, lbConfig("tcp_lb/"+lb, backendsJSON(namedServer(t, "a").address)+`,"dynamic_backends":[{"source":"tcp_lb_test"}],"health_checks":{"passive":{"fail_duration":"10s"}}}`))
 	_, err := ask(lb)
 	require.NoError(t, err)
 	requireBooksBalance(t, 1)

@@ -28,7 +28,7 @@ func init() {
 const (
 	meantBackend  = "write backend <address>"
 	meantPolicy   = "write lb_policy <policy>"
-	meantPassive  = "a failed connect has the backend checked at once, see health_fails"
+	meantPassive  = "write fail_duration <duration> and max_fails <number>"
 	meantBackup   = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
 	meantLimit    = "write max_connections in a backend's block"
 	noTLS         = "there is no TLS to backends"
@@ -71,8 +71,8 @@ var meantOptions = map[string]string{
 	"health_upstream": "write health_port <port>, for all or in a backend's block", "health_request_body": "HTTP checks send no body",
 	"tcp_check": "write health_send <text> and health_expect <text>", "send": "health_send", "expect": "health_expect", "health_dialogue": "write health_send <text> and health_expect <text>",
 	"check_ssl": "health_tls", "check_sni": "write health_tls <server name>", "health_tls_server_name": "write health_tls <server name>", "health_tls_ca": "health_tls_trust_pool", "check_send_proxy": "health_proxy_protocol",
-	"passive": meantPassive, "max_fails": meantPassive, "fail_duration": meantPassive, "fail_timeout": meantPassive, "unhealthy_status": meantPassive,
-	"unhealthy_latency": meantPassive, "observe": meantPassive,
+	"passive": meantPassive, "fail_timeout": "fail_duration", "unhealthy_status": meantPassive, "outlier_detection": meantPassive, "error_limit": "max_fails",
+	"unhealthy_latency": meantPassive, "observe": meantPassive, "on_marked_down": "close_if_unhealthy", "shutdown_sessions": "close_if_unhealthy", "health_initially_down": "health_initially_unhealthy", "initially_unhealthy": "health_initially_unhealthy",
 
 	"maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections", "max_clients": "max_connections", "limit": "max_connections",
 	"unhealthy_connection_count": meantLimit, "unhealthy_request_count": meantLimit,

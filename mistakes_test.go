@@ -13,7 +13,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 	t.Setenv("TCPLB_TEST_UNSET", "")
 	for line, want := range map[string]string{
 		// Options by other names, or misspelled.
-		"max_connection 5":        `unknown option "max_connection": did you mean max_connections? (there are access_log, backend, dial_timeout, `,
+		"max_connection 5":        `unknown option "max_connection": did you mean max_connections? (there are access_log, backend, close_if_unhealthy, `,
 		"maxconn 5":               "did you mean max_connections?",
 		"to a:1":                  `unknown option "to": write backend <address>`,
 		"upstream a:1":            "write backend <address>",
@@ -44,7 +44,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"rise 2":                  "did you mean health_passes?",
 		"fall 3":                  "did you mean health_fails?",
 		"health_checks off":       "write health_interval <duration>, or health_interval off",
-		"max_fails 3":             "a failed connect has the backend checked at once",
+		"max_fails 3":             "max_fails: it counts within a time, and fail_duration is missing",
 		"proxy_connect_timeout 3": "did you mean dial_timeout?",
 		"proxy_timeout 10m":       "did you mean idle_timeout?",
 		"timeout connect 5s":      "there are dial_timeout, idle_timeout, drain_timeout and health_timeout",
@@ -229,7 +229,8 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		good + `"load_balancing":{"selection_policy":{"policy":"rr"}}`: `selection policy: unknown policy "rr": did you mean round_robin?`,
 		good + `"health_checks":{"interval":"2s"}`:                     `health_checks: unknown field "interval": write health_checks.active.interval`,
 		good + `"health_checks":{"active":{"intervall":1}}`:            `health_checks.active: unknown field "intervall": did you mean interval?`,
-		good + `"health_checks":{"passive":{}}`:                        `a failed connect has the backend checked at once, see health_checks.active.fails`,
+		good + `"health_checks":{"passive":{"max_fails":2}}`:           `health_checks.passive.max_fails: it counts within a time, and health_checks.passive.fail_duration is missing`,
+		good + `"passive":{}`:                                          `write health_checks.passive`,
 		good + `"health_checks":false`:                                 `health_checks: want an object, found false; {"active":{"disabled":true}} turns checks off`,
 		good + `"health_checks":{"active":"off"}`:                      `health_checks.active: want an object, found "off"; {"disabled":true} turns checks off`,
 		good + `"health_checks":{"active":{"interval":"off"}}`:         `health_checks.active.interval "off": want a duration such as "10s"; "disabled": true turns checks off`,

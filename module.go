@@ -43,6 +43,9 @@ type Handler struct {
 	// ones are closed. Default and 0: as many as the process may have files for,
 	// at 2 a connection less a reserve, over all pools. That bound always holds.
 	MaxConnections int `json:"max_connections,omitempty"`
+	// CloseIfUnhealthy cuts the connections of a backend that checks have found
+	// down, this long after. Default: they go on; 0 = they are cut at once.
+	CloseIfUnhealthy *caddy.Duration `json:"close_if_unhealthy,omitempty"`
 	// DialTimeout is the time for one connect, with name resolution. Default and
 	// 0: 3s.
 	DialTimeout caddy.Duration `json:"dial_timeout,omitempty"`
@@ -97,6 +100,8 @@ type LoadBalancing struct {
 type HealthChecks struct {
 	// Active checks ask each backend now and then.
 	Active *ActiveHealthChecks `json:"active,omitempty"`
+	// Passive checks look at what becomes of clients' connections.
+	Passive *PassiveHealthChecks `json:"passive,omitempty"`
 }
 
 // ActiveHealthChecks connect to every backend at intervals, and may ask it more:
@@ -113,6 +118,8 @@ type ActiveHealthChecks struct {
 	FastInterval caddy.Duration `json:"fast_interval,omitempty"`
 	// Timeout is the time for one probe. Default and 0: 2s.
 	Timeout caddy.Duration `json:"timeout,omitempty"`
+	// InitiallyUnhealthy has backends that are new down until a check has passed.
+	InitiallyUnhealthy bool `json:"initially_unhealthy,omitempty"`
 	// Passes is how many successes in a row bring a down backend up. Default and 0: 2.
 	Passes int `json:"passes,omitempty"`
 	// Fails is how many failures in a row take an up backend down. Default and 0: 2.
@@ -144,6 +151,17 @@ type ActiveHealthChecks struct {
 	// ProxyProtocol is the version, v1 or v2, of the PROXY header that checks begin
 	// with. Default: none.
 	ProxyProtocol checks.ProxyVersion `json:"proxy_protocol,omitempty"`
+}
+
+// PassiveHealthChecks take a backend out whose connections fail: connects, and
+// connections that it resets, or closes within a second, before it has sent a
+// byte. The last backend that is available is never taken out.
+type PassiveHealthChecks struct {
+	// FailDuration is for how long a failure counts, and a backend is out. Default:
+	// 0, which is no passive checks.
+	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
+	// MaxFails is how many failures take a backend out. Default and 0: 1.
+	MaxFails int `json:"max_fails,omitempty"`
 }
 
 // CaddyModule returns the Caddy module information.

@@ -218,6 +218,12 @@ func (h *Handler) activeChecks() *ActiveHealthChecks {
 	return h.HealthChecks.Active
 }
 
+func (h *Handler) passiveChecks() *PassiveHealthChecks {
+	setDefault(&h.HealthChecks, new(HealthChecks))
+	setDefault(&h.HealthChecks.Passive, new(PassiveHealthChecks))
+	return h.HealthChecks.Passive
+}
+
 func setDefault[T comparable](field *T, value T) {
 	var zero T
 	if *field == zero {

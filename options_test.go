@@ -84,8 +84,8 @@ func TestOptionsReachTheirFields(t *testing.T) {
 		config, err := adapt(t, lbCaddyfile("a:80", withNeeded(o.name, strings.TrimSpace(o.name+" "+validOptions[o.name]))...))
 		require.NoError(t, err)
 		want := []string{"handler", "backends", o.path}
-		if neededOptions[o.name] != "" {
-			want = append(want, "health_checks.active.uri")
+		if needed, _, _ := strings.Cut(neededOptions[o.name], " "); needed != "" {
+			want = append(want, named(handlerOptions, needed).path)
 		}
 		require.ElementsMatch(t, want, set(t, []byte(firstHandler(t, config)), ""))
 	}

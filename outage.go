@@ -87,6 +87,9 @@ func (g *generation) availability() availability {
 			}
 			a = untoldOfOthers
 		}
+		if g.checks.initiallyDown && !b.isChecked() && !b.barred.Load() {
+			a = untoldOfOthers
+		}
 	}
 	if barred > 0 && barred == len(members) {
 		return allBarred

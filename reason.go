@@ -23,6 +23,7 @@ const (
 	reasonMaxConnections                                       // over the connection limit
 	reasonBackendClosedEarly                                   // the backend closed first, at once and before it had sent a byte
 	reasonKilled                                               // cut by hand
+	reasonBackendDown                                          // cut as the checks found the backend down
 	numReasons
 )
 
@@ -39,6 +40,7 @@ var reasonNames = [numReasons]string{
 
 	reasonBackendClosedEarly: "backend_closed_early",
 	reasonKilled:             "killed",
+	reasonBackendDown:        "backend_down",
 }
 
 func (r reason) String() string { return reasonNames[r] }
@@ -47,7 +49,7 @@ func (r reason) String() string { return reasonNames[r] }
 // client or an operator's cut is not to blame.
 func (r reason) failure() bool {
 	switch r {
-	case reasonNoBackend, reasonMaxConnections, reasonBackendReset, reasonBackendClosedEarly, reasonError:
+	case reasonNoBackend, reasonMaxConnections, reasonBackendReset, reasonBackendClosedEarly, reasonBackendDown, reasonError:
 		return true
 	}
 	return false

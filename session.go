@@ -78,8 +78,8 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 		return false
 	}
 	s.prepare(g, cx)
-	if !s.backend.enter(s) {
-		s.end(reasonDrainTimeout)
+	if why := s.backend.enter(s); why != reasonNone {
+		s.end(why)
 	}
 	return true
 }
@@ -141,8 +141,12 @@ func (s *session) finish() {
 	duration := time.Since(s.began)
 	if s.relay != nil {
 		s.why = reason(s.relay.Reason())
-		if _, sent := s.relay.Moved(); s.why == reasonBackendClosed && sent == 0 && duration < earlyClose {
+		_, sent := s.relay.Moved()
+		if s.why == reasonBackendClosed && sent == 0 && duration < earlyClose {
 			s.why = reasonBackendClosedEarly
+		}
+		if s.why == reasonBackendClosedEarly || s.why == reasonBackendReset && sent == 0 {
+			s.backend.failed(s.why.String())
 		}
 		s.backend.leave(s, s.why, duration)
 	} else {

@@ -154,7 +154,14 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 			fails:        a.Fails,
 			port:         uint16(a.Port),
 			asks:         asks,
+
+			initiallyDown: a.InitiallyUnhealthy,
 		},
+		passive: passiveSettings{
+			failDuration: time.Duration(h.passiveChecks().FailDuration),
+			maxFails:     max(1, h.passiveChecks().MaxFails),
+		},
+		closeAfter:   (*time.Duration)(h.CloseIfUnhealthy),
 		dialTimeout:  time.Duration(h.DialTimeout),
 		idleTimeout:  time.Duration(*h.IdleTimeout),
 		drainTimeout: time.Duration(*h.DrainTimeout),

@@ -45,7 +45,7 @@ func TestDefaults(t *testing.T) {
 			Timeout:      caddy.Duration(2 * time.Second),
 			Passes:       2,
 			Fails:        2,
-		}},
+		}, Passive: &PassiveHealthChecks{}},
 		DialTimeout:  caddy.Duration(3 * time.Second),
 		IdleTimeout:  duration64(time.Hour),
 		DrainTimeout: duration64(30 * time.Second),
@@ -55,7 +55,7 @@ func TestDefaults(t *testing.T) {
 func TestFillLeavesWhatIsSet(t *testing.T) {
 	const all = `{"name":"web","backends":[{"address":"a:80","weight":256}],
 		"load_balancing":{"selection_policy":{"policy":"other"},"retries":1,"try_duration":"1s","try_interval":"2s"},
-		"health_checks":{"active":{"disabled":true,"interval":"3s","fast_interval":"2s","timeout":"4s","passes":5,"fails":6,"port":7}},
+		"health_checks":{"active":{"disabled":true,"interval":"3s","fast_interval":"2s","timeout":"4s","passes":5,"fails":6,"port":7},"passive":{"fail_duration":"5s","max_fails":2}},"close_if_unhealthy":"1s",
 		"max_connections":8,"dial_timeout":"9s","idle_timeout":"10s","drain_timeout":"11s","access_log":true}`
 	h := handlerOf(t, all)
 	require.NoError(t, h.fill())
@@ -219,7 +219,7 @@ func TestJSONRefuses(t *testing.T) {
 		{"unknown field of a backend", `"backends":[{"address":"a:80","wieght":2}]`, []string{"unknown field", "wieght"}},
 		{"unknown field of load_balancing", balancing(`"retry":2`), []string{"unknown field", "retry"}},
 		{"unknown field of the checks", active(`"path":"/"`), []string{"unknown field", "path"}},
-		{"unknown field of health_checks", backends + `,"health_checks":{"passive":{}}`, []string{"unknown field", "passive"}},
+		{"unknown field of health_checks", backends + `,"health_checks":{"reactive":{}}`, []string{"unknown field", "reactive"}},
 		{"unknown field of the policy", balancing(`"selection_policy":{"policy":"round_robin","choose":2}`), []string{"unknown field", "choose"}},
 		{"number for a text", `"name":5,` + backends, []string{"name"}},
 	} {
