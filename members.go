@@ -114,7 +114,7 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		}
 		b.setClosingLocked(g, ok)
 		if !ok || g.passive.failDuration == 0 || b.byHand().state == stateMaint {
-			changed = b.readmitLocked(&t.lines, "backend's time out ends with its config") || changed
+			changed = b.readmitLocked(&t.lines, "backend's time out is called off") || changed
 		}
 	}
 	changed = p.readmitLastLocked(&t.lines) || changed
