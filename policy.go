@@ -60,6 +60,7 @@ type Request struct {
 	picking bool
 	taken   *Backend
 	inLine  *waiters // whose lock is held while it picks; nil = none
+	gone    *Backend // could have been taken, but was retired meanwhile
 }
 
 // Client returns the client's address, as a PROXY protocol handler in front has
@@ -94,20 +95,35 @@ func (r *Request) Take(b *Backend) bool {
 	if b == nil || !r.picking || r.taken != nil {
 		return false
 	}
-	for b.Available() && !slices.Contains(r.tried, b) {
-		switch b.take() {
-		case wasTaken:
-			r.taken = b
-			return true
-		case wasFull:
-			return false
-		}
-		if r.inLine != nil {
-			return false
-		}
-		b = registry.adopt(b) // a config went between the picker's making and now
+	if !b.Available() || slices.Contains(r.tried, b) {
+		return false
+	}
+	switch b.take() {
+	case wasTaken:
+		r.taken = b
+		return true
+	case wasGone:
+		r.gone = b
 	}
 	return false
+}
+
+// adoptGone takes the backend that was retired between the picker's making and
+// now: a config went. The picker has returned, whose locks others may wait for with
+// the registry's mutex held.
+func (r *Request) adoptGone() *Backend {
+	b := r.gone
+	if r.gone = nil; b == nil || r.inLine != nil {
+		return nil
+	}
+	b = registry.adopt(b)
+	r.picking, r.taken = true, nil
+	defer func() { r.picking = false }()
+	if r.Take(b) {
+		return b
+	}
+	registry.retire(b) // else nobody would
+	return nil
 }
 
 // pickBy has the picker choose, and returns what was taken: that counts, whatever

@@ -6,7 +6,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
 	"github.com/stretchr/testify/require"
 )
 
@@ -207,3 +209,52 @@ type textAddress string
 
 func (textAddress) Network() string  { return "tcp" }
 func (a textAddress) String() string { return string(a) }
+
+// A pick needs no lock of the registry's, with which pickers are made: a policy's
+// own lock, held in both, would be taken in two orders.
+func TestTakeNeedsNoRegistry(t *testing.T) {
+	gone := testCandidates(1)[0].Backend
+	gone.load.Store(retired)
+	r := testRequest("")
+	picked := make(chan *Backend)
+	registry.mu.Lock()
+	go func() {
+		picked <- r.pickBy(pickerFunc(func(r *Request) *Backend {
+			r.Take(gone)
+			return nil
+		}))
+	}()
+	select {
+	case b := <-picked:
+		registry.mu.Unlock()
+		require.Nil(t, b)
+		require.Same(t, gone, r.gone)
+	case <-time.After(hangTimeout):
+		registry.mu.Unlock()
+		require.FailNow(t, "it waits for the registry")
+	}
+}
+
+// A backend that left between a picker's making and a pick is looked for again; in
+// vain, where it was to leave, and then it is not brought back for good.
+func TestNobodyIsBroughtBackInVain(t *testing.T) {
+	g, _ := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
+	source := newToldSource()
+	has(g, source)
+	g.start()
+	update := <-source.update
+	update([]discovery.Found{{Address: two}})
+	left := g.members()[1].Backend
+	update(nil)
+	require.True(t, left.load.Load() < 0, "it is retired")
+	g.policy = policyFunc(func(r *Request, _ []Candidate) *Backend {
+		r.gone = left // was available a moment ago
+		return nil
+	})
+	g.rebuild()
+	var r Request
+	require.Nil(t, g.pick(&r))
+	require.Len(t, registry.snapshot()[0].backends, 1)
+	g.stop()
+	require.Empty(t, registry.snapshot())
+}

@@ -42,6 +42,10 @@ func (g *generation) pick(r *Request) *Backend {
 	if b == nil && !t[backups].empty && (t[ordinary].empty || !g.hasOrdinaryFor(r)) {
 		b = r.pickBy(t[backups].picker)
 	}
+	if b == nil {
+		b = r.adoptGone()
+	}
+	r.gone = nil
 	if newest := g.pool.newest.Load(); b != nil && newest != g && newest != nil {
 		newest.loadChanged(b)
 	}
