@@ -44,7 +44,8 @@ type dialFunc func(ctx context.Context, t target, timeout time.Duration) (net.Co
 
 // dialTarget is the real dialFunc. A name is looked up at each call, but see
 // hostName for when that does not work, and all its addresses are tried, those
-// of both families side by side. The end of ctx ends it at once.
+// of both families side by side. The end of ctx ends it, by
+// watchAfter at the latest.
 func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn, error) {
 	deadline := time.Now().Add(timeout)
 	switch {

@@ -1,7 +1,7 @@
 package tcplb
 
 import (
-	"slices"
+	"container/heap"
 	"sync"
 
 	"github.com/caddyserver/caddy/v2"
@@ -113,25 +113,38 @@ func (l *byLoad) Pick(r *Request) *Backend {
 	return l.pickFurther(r)
 }
 
-// pickFurther looks at the others, best first.
+// pickFurther looks at the others, best first: at the children of those that it
+// has looked at, which are a heap, too.
 func (l *byLoad) pickFurther(r *Request) *Backend {
-	frontier := children(0, len(l.heap), nil)
-	for len(frontier) > 0 {
-		best := 0
-		for i := range frontier {
-			if l.heap[frontier[i]].before(&l.heap[frontier[best]]) {
-				best = i
-			}
-		}
-		at := frontier[best]
+	f := frontier{of: l, at: children(0, len(l.heap), nil)}
+	heap.Init(&f)
+	for len(f.at) > 0 {
+		at := heap.Pop(&f).(int)
 		e := &l.entries[l.heap[at].entry]
 		if r.Take(e.backend) {
 			l.taken(e)
 			return e.backend
 		}
-		frontier = children(at, len(l.heap), slices.Delete(frontier, best, best+1))
+		for c := arity*at + 1; c <= arity*at+arity && c < len(l.heap); c++ {
+			heap.Push(&f, c)
+		}
 	}
 	return nil
+}
+
+type frontier struct {
+	of *byLoad
+	at []int // places in its heap
+}
+
+func (f *frontier) Len() int           { return len(f.at) }
+func (f *frontier) Less(i, j int) bool { return f.of.heap[f.at[i]].before(&f.of.heap[f.at[j]]) }
+func (f *frontier) Swap(i, j int)      { f.at[i], f.at[j] = f.at[j], f.at[i] }
+func (f *frontier) Push(x any)         { f.at = append(f.at, x.(int)) }
+func (f *frontier) Pop() any {
+	last := f.at[len(f.at)-1]
+	f.at = f.at[:len(f.at)-1]
+	return last
 }
 
 // taken moves a backend that was just picked to its new place.

@@ -28,18 +28,19 @@ type Shares struct {
 }
 
 // Divide divides the process's limit of open files (0 = none). Up to 64 are set
-// apart for probes and up to 128 are in reserve; half of those may be connections
-// that are about to be refused, and a few are pipes.
+// apart for probes and up to 128 are in reserve: a quarter of those may be
+// connections that are about to be refused, another is for pipes, half of one for
+// event loops, and lookups take some.
 func Divide(limit uint64) Shares {
 	if limit == 0 || limit > math.MaxInt32 {
-		return Shares{Connections: math.MaxInt32, Probes: 64, Overflow: 64}
+		return Shares{Connections: math.MaxInt32, Probes: 64, Overflow: 32}
 	}
 	n := int64(limit)
 	probes, reserve := min(64, max(1, n/8)), min(128, n/4)
 	return Shares{
 		Connections: max(PerConnection, n-probes-reserve),
 		Probes:      probes,
-		Overflow:    max(1, reserve/2),
+		Overflow:    max(1, reserve/4),
 	}
 }
 

@@ -14,13 +14,13 @@ func TestDivide(t *testing.T) {
 		limit                         uint64
 		connections, probes, overflow int64
 	}{
-		{0, math.MaxInt32, 64, 64},
-		{math.MaxUint64, math.MaxInt32, 64, 64}, // RLIM_INFINITY
-		{16, 10, 2, 2},
-		{256, 160, 32, 32},
-		{1024, 832, 64, 64},
-		{20_000, 19_808, 64, 64},
-		{1 << 20, 1<<20 - 192, 64, 64},
+		{0, math.MaxInt32, 64, 32},
+		{math.MaxUint64, math.MaxInt32, 64, 32}, // RLIM_INFINITY
+		{16, 10, 2, 1},
+		{256, 160, 32, 16},
+		{1024, 832, 64, 32},
+		{20_000, 19_808, 64, 32},
+		{1 << 20, 1<<20 - 192, 64, 32},
 	} {
 		require.Equal(t, Shares{c.connections, c.probes, c.overflow}, Divide(c.limit), "%d", c.limit)
 	}

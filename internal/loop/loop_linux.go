@@ -20,6 +20,9 @@ const (
 	// yieldAfter is how many rounds in a row a loop that is never idle goes on
 	// before it lets goroutines run that wait for its processor.
 	yieldAfter = 16
+	// mostLoops is how many there are at most, whose files are of a reserve: each
+	// relays what a processor can.
+	mostLoops = 8
 	// BufferSize is the size of a loop's buffer.
 	BufferSize = 32 << 10
 	// wakeKey marks the events of a loop's own descriptor.
@@ -76,7 +79,7 @@ func Limit(most int) { loops.most.Store(int64(max(1, most))) }
 // Leave is called. It may be called by anybody. It fails where the process has no files to spare.
 func Acquire() (*Loop, error) {
 	loops.once.Do(func() {
-		n := max(1, runtime.GOMAXPROCS(0)/2)
+		n := min(max(1, runtime.GOMAXPROCS(0)/2), mostLoops)
 		if most := int(loops.most.Load()); most > 0 {
 			n = min(n, most)
 		}
@@ -195,11 +198,11 @@ func (l *Loop) wait() (n int, slept bool) {
 		return n, false
 	}
 	timeout := l.wheel.next(l.now)
+	l.asleep.Store(true) // before the looks: who changes anything looks the other way around
 	idle := l.idle()
 	if idle {
 		timeout = linger
 	}
-	l.asleep.Store(true)
 	if !l.waits.Load() {
 		n = l.sleep(timeout)
 	}
@@ -378,7 +381,7 @@ func (l *Loop) Release(ref Ref) {
 // What holds already is told, too. The tag is 0 or 1.
 func (l *Loop) Add(fd int, ref Ref, tag uint32) error {
 	return unix.EpollCtl(l.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{
-		Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET,
+		Events: unix.EPOLLIN | unix.EPOLLPRI | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET,
 		Fd:     int32(ref.index<<1 | tag),
 		Pad:    int32(ref.generation),
 	})

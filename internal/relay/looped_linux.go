@@ -155,6 +155,9 @@ func (r *Looped) Ready(tag, events uint32) {
 	w.readable = w.readable || events&(unix.EPOLLIN|end) != 0
 	s.ending = s.ending || events&end != 0
 	s.failed = s.failed || events&unix.EPOLLERR != 0
+	if events&unix.EPOLLPRI != 0 {
+		w.foundUrgent()
+	}
 	if r.up.bulk || r.down.bulk {
 		r.again() // those who have little to move come first
 		return

@@ -32,6 +32,14 @@ type flags struct {
 	bulk     bool // splice
 	noSplice bool // the kernel can't, between these two
 	large    bool // the last buffer was no small message
+	urgent   bool // there is, or was, an urgent mark
+}
+
+// foundUrgent is for TCP's urgent data (telnet's and FTP's interrupts): a read ends
+// at the mark, though more is there, and a splice never gets over it.
+func (w *loopedWay) foundUrgent() {
+	w.urgent, w.readable = true, true
+	w.noSplice, w.bulk = true, false
 }
 
 // end ends the way, whatever it still had.
@@ -120,7 +128,7 @@ func (r *Looped) copy(w *loopedWay) int {
 		w.learn(n, len(buf))
 		// A short read has taken all there was, and more of it would be told; but an
 		// end may have been told before.
-		w.readable = n == len(buf) || w.src.ending
+		w.readable = n == len(buf) || w.src.ending || w.urgent
 		if m := r.write(w, buf[:n]); m < n && !w.done {
 			w.keep(buf[m:n])
 		}

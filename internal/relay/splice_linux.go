@@ -59,6 +59,9 @@ func (p *pump) spliceInto(fd uintptr) (done bool) {
 		p.next = stepEnd
 	case unix.EAGAIN:
 		p.next = stepWait
+		if poll(p.from, unix.POLLPRI) != 0 { // at an urgent mark, over which only a read gets
+			p.noSplice, p.bulk, p.next = true, false, stepCopy
+		}
 	case unix.EINVAL:
 		p.noSplice, p.bulk = true, false
 	default:
