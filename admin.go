@@ -47,7 +47,7 @@ type backendStatus struct {
 	Configured       bool       `json:"configured"`       // false = no longer in the config, its connections are being drained
 	Weight           int64      `json:"weight"`           // in the config; 0 if it is not there
 	State            string     `json:"state"`            // set by hand: ready, drain or maint
-	EffectiveWeight  int64      `json:"effective_weight"` // of weight, state and the weight set by hand; 0 = no new connections
+	EffectiveWeight  float64    `json:"effective_weight"` // of weight, state, the weight set by hand, and slow start; 0 = no new connections
 	Source           string     `json:"source,omitempty"` // what found it; empty = the config names it
 	Healthy          bool       `json:"healthy"`          // false = new connections don't go to it, since checks say so
 	Health           string     `json:"health"`           // up, down, or unchecked: checks are off or have yet to tell
@@ -73,7 +73,7 @@ type poolSummary struct {
 	Backends         int                `json:"backends"`          // in the running config
 	Available        int                `json:"available"`         // of those
 	Draining         int                `json:"draining"`          // backends that left the config and have yet to end
-	EffectiveWeight  int64              `json:"effective_weight"`  // sum over the backends
+	EffectiveWeight  float64            `json:"effective_weight"`  // sum over the backends
 	States           map[string]int     `json:"states"`            // of the backends, as set by hand: how many are ready, drain and maint
 	Sources          []discovery.Status `json:"sources,omitempty"` // of backends, which tell how they fare
 	Active           uint64             `json:"active"`
@@ -151,13 +151,15 @@ func (v poolView) summary() poolSummary {
 		ReceivedBytes:    t.received,
 		SentBytes:        t.sent,
 	}
+	tenths, now := int64(0), time.Now()
 	for _, b := range v.configured {
 		if b.Available() {
 			s.Available++
 		}
-		s.EffectiveWeight += b.effective.Load()
+		tenths += b.effectiveTenths(now)
 		s.States[b.byHand().state.String()]++
 	}
+	s.EffectiveWeight = float64(tenths) / slowSteps
 	for _, b := range v.backends {
 		_, active, _ := b.stats.connections()
 		s.Active += active
@@ -188,7 +190,7 @@ func (b *Backend) status(lb string) backendStatus {
 		Configured:       b.used(),
 		Weight:           b.weight.Load(),
 		State:            b.byHand().state.String(),
-		EffectiveWeight:  b.effective.Load(),
+		EffectiveWeight:  b.effectiveWeight(),
 		Source:           textOf(&b.source),
 		Healthy:          b.healthy.Load(),
 		Health:           b.health(),

@@ -28,11 +28,13 @@ type Backend struct {
 	limit  atomic.Int64 // 0 = none
 	backup atomic.Bool
 
-	hand      atomic.Pointer[hand]   // see byHand
-	weight    atomic.Int64           // in the newest config; 0 also once no config names it
-	effective atomic.Int64           // what of that holds; 0 = no new connections
-	source    atomic.Pointer[string] // what found it; nil = the config named it, the last time
-	given     int                    // the weight that a config gave it last; guarded by the registry
+	hand      atomic.Pointer[hand]      // see byHand
+	weight    atomic.Int64              // in the newest config; 0 also once no config names it
+	effective atomic.Int64              // what of that holds; 0 = no new connections
+	slow      atomic.Pointer[slowStart] // since it came back; nil = none
+	slowly    atomic.Bool               // the newest config has slow starts
+	source    atomic.Pointer[string]    // what found it; nil = the config named it, the last time
+	given     int                       // the weight that a config gave it last; guarded by the registry
 
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
 	lastError atomic.Pointer[string]

@@ -155,6 +155,7 @@ func (r *poolRegistry) setEachLocked(p *pool, backends []*Backend, c handChange)
 		})
 	}
 	if changed {
+		t.slowly = true
 		r.settleLocked(p, &t)
 		// The weights themselves may have changed, too.
 		t.outdated = slices.Clone(p.generations)

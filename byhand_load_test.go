@@ -126,7 +126,8 @@ func TestHandIsShown(t *testing.T) {
 	}{{one, "maint", 2, 0}, {two, "ready", 4, 7}, {three, "ready", 1, 1}} {
 		s := backendStatuses(t)[c.address]
 		require.Equal(t, c.state, s.State)
-		require.Equal(t, []int64{c.weight, c.effective}, []int64{s.Weight, s.EffectiveWeight})
+		require.Equal(t, c.weight, s.Weight)
+		require.EqualValues(t, c.effective, s.EffectiveWeight)
 		require.EqualValues(t, c.weight, metric(t, "backend_weight", labels("backend", c.address)))
 		require.EqualValues(t, c.effective, metric(t, "backend_effective_weight", labels("backend", c.address)))
 		for _, state := range stateNames {

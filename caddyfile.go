@@ -28,6 +28,7 @@ import (
 //		lb_retries <number>
 //		lb_try_duration <duration>
 //		lb_try_interval <duration>
+//		lb_slow_start <duration>
 //		health_interval <duration>|off
 //		health_fast_interval <duration>
 //		health_timeout <duration>

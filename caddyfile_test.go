@@ -67,12 +67,12 @@ func TestEveryOptionHasAGolden(t *testing.T) {
 // TestCaddyfileIsTheJSON has the design's full example in both forms.
 func TestCaddyfileIsTheJSON(t *testing.T) {
 	config, err := adapt(t, lbCaddyfile("backend1:3001",
-		"name web", "lb_policy round_robin", "lb_retries 3", "lb_try_duration 1s", "lb_try_interval 250ms",
+		"name web", "lb_policy round_robin", "lb_retries 3", "lb_try_duration 1s", "lb_try_interval 250ms", "lb_slow_start 30s",
 		"health_interval 10s", "health_fast_interval 1s", "health_timeout 2s", "health_passes 2", "health_fails 3",
 		"health_port 8081", "max_connections 5000", "dial_timeout 3s", "idle_timeout 1h", "drain_timeout 30s", "access_log"))
 	require.NoError(t, err)
 	require.Equal(t, handlerOf(t, `{"handler":"tcp_lb","name":"web","backends":[{"address":"backend1:3001"}],
-		"load_balancing":{"selection_policy":{"policy":"round_robin"},"retries":3,"try_duration":"1s","try_interval":"250ms"},
+		"load_balancing":{"selection_policy":{"policy":"round_robin"},"retries":3,"try_duration":"1s","try_interval":"250ms","slow_start":"30s"},
 		"health_checks":{"active":{"interval":"10s","fast_interval":"1s","timeout":"2s","passes":2,"fails":3,"port":8081}},
 		"max_connections":5000,"dial_timeout":"3s","idle_timeout":"1h","drain_timeout":"30s","access_log":true}`),
 		handlerOf(t, firstHandler(t, config)))
@@ -230,6 +230,7 @@ var validOptions = map[string]string{
 	"lb_retries":            "3",
 	"lb_try_duration":       "1s",
 	"lb_try_interval":       "1s",
+	"lb_slow_start":         "30s",
 	"health_interval":       "10s",
 	"health_fast_interval":  "1s",
 	"health_timeout":        "1s",
@@ -282,7 +283,7 @@ var (
 
 var (
 	durationOptions = []string{
-		"lb_try_duration", "lb_try_interval", "health_interval", "health_fast_interval", "health_timeout",
+		"lb_try_duration", "lb_try_interval", "lb_slow_start", "health_interval", "health_fast_interval", "health_timeout",
 		"dial_timeout", "idle_timeout", "drain_timeout", "fail_duration", "close_if_unhealthy",
 	}
 	// nonzeroDurations can't be 0: they would have a probe or a try without end.

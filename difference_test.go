@@ -62,6 +62,7 @@ func TestFirstDifference(t *testing.T) {
 		"lb_retries 0":            "lb_retries is 3 in one and 0 in the other",
 		"lb_try_duration 90s":     "lb_try_duration is 0s in one and 1m30s in the other",
 		"lb_try_interval 1s":      "lb_try_interval is 250ms in one and 1s in the other",
+		"lb_slow_start 30s":       "lb_slow_start is 0s in one and 30s in the other",
 		"health_interval 20s":     "health_interval is 10s in one and 20s in the other",
 		"health_interval off":     "health_interval is 10s in one and off in the other",
 		"health_fast_interval 2s": "health_fast_interval is 1s in one and 2s in the other",

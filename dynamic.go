@@ -262,7 +262,9 @@ func (r *poolRegistry) change(g *generation, s *dynamicSource, found []member) {
 	first := !s.told.Swap(true)
 	s.found = found
 	r.departed.prune(time.Now())
+	slowly := g.hasAvailable() && (g.follows || !first) // else it is as the pool's start
 	t, left := r.enrollLocked(p, g, g.wantedLocked(), p.drainUntilLocked())
+	t.slowly = slowly
 	if t.joined+t.left+t.reweighed == 0 {
 		r.mu.Unlock()
 		if first {

@@ -111,6 +111,7 @@ func (b *Backend) readmitLocked(lines *logLines, message string) bool {
 	}
 	b.ejection.Stop()
 	b.ejection = nil
+	b.pool.startSlowlyLocked(b)
 	b.emitLocked("readmitted", map[string]any{"lb": b.pool.name, "backend": b.address})
 	lines.add(message, zap.String("lb", b.pool.name), zap.String("backend", b.address))
 	return true

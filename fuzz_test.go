@@ -129,6 +129,7 @@ func requireInRange(t testing.TB, h *Handler) {
 	number("retries", *lb.Retries, 0, 1000)
 	atLeast("try_duration", lb.TryDuration, 0)
 	atLeast("try_interval", lb.TryInterval, time.Millisecond)
+	atLeast("slow_start", lb.SlowStart, 0)
 	atLeast("interval", a.Interval, time.Millisecond)
 	atLeast("fast_interval", a.FastInterval, time.Millisecond)
 	require.LessOrEqual(t, a.FastInterval, a.Interval)

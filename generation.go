@@ -31,6 +31,7 @@ type generation struct {
 	dialTimeout  time.Duration
 	idleTimeout  time.Duration // 0 = never
 	drainTimeout time.Duration
+	slowStart    time.Duration // 0 = none
 
 	ctx    caddy.Context // the handler's, for events
 	events *caddyevents.App
@@ -40,6 +41,7 @@ type generation struct {
 	// standing is whether the pool had an available backend when g took over:
 	// until g's own are checked, that holds for them.
 	standing bool
+	follows  bool // it had, whatever was known of it
 
 	startOnce, stopOnce sync.Once
 	started             chan struct{} // closed by start

@@ -390,9 +390,16 @@ func (r *poolRegistry) turn(c *checker, err error) (outdated []*generation, line
 // must be held: who turns a backend and who takes its checker away are then one
 // after the other, and so are the events.
 func (b *Backend) turnLocked(err error) bool {
-	if !b.setHealthy(err == nil) && !(b.untold && err != nil) {
+	if b.healthy.Load() == (err == nil) && !(b.untold && err != nil) {
 		return false
 	}
+	// Before anybody picks it. Who had yet to be told of is as slow as it joined.
+	if slowly := !b.untold || b.slow.Load() != nil; err == nil && slowly {
+		b.pool.startSlowlyLocked(b)
+	} else {
+		b.slow.Store(nil)
+	}
+	b.setHealthy(err == nil)
 	b.untold = false
 	b.stats.turnedAt.Store(time.Now().UnixNano())
 	event, data := "healthy", map[string]any{"lb": b.pool.name, "backend": b.address}

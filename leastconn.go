@@ -35,19 +35,20 @@ func (LeastConn) NewPicker(available []Candidate, prev Picker) Picker {
 		heap:    make([]ranked, len(available)),
 		index:   make(map[*Backend]uint32, len(available)),
 	}
-	turns := make(map[*Backend]float64)
+	ahead := make(map[*Backend]float64) // of its turn, in picks: a turn's unit is the weight's
 	if old, ok := prev.(*byLoad); ok {
 		old.mu.Lock()
 		l.now = old.now
 		for _, k := range old.heap {
-			turns[old.entries[k.entry].backend] = k.turn
+			e := &old.entries[k.entry]
+			ahead[e.backend] = max(0, k.turn-old.now) * e.weight
 		}
 		old.mu.Unlock()
 	}
 	for i, c := range available {
 		load := c.Backend.Load()
 		l.entries[i] = entry{backend: c.Backend, weight: float64(c.Weight), load: load, at: uint32(i)}
-		l.heap[i] = ranked{load: float64(load) / float64(c.Weight), turn: max(l.now, turns[c.Backend]), entry: uint32(i)}
+		l.heap[i] = ranked{load: float64(load) / float64(c.Weight), turn: l.now + ahead[c.Backend]/float64(c.Weight), entry: uint32(i)}
 		l.index[c.Backend] = uint32(i)
 	}
 	for i := len(l.heap) / arity; i >= 0; i-- {

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"cmp"
 	"math"
 	"slices"
 	"strings"
@@ -129,8 +130,9 @@ func (t *turns) next() []int {
 func (t *maglev) size() int {
 	units, divisor := 0, 0
 	for _, c := range t.candidates {
-		units += c.Weight
-		divisor = gcd(divisor, c.Weight)
+		w := cmp.Or(c.Settled, c.Weight) // of another size, it would send all clients elsewhere
+		units += w
+		divisor = gcd(divisor, w)
 	}
 	switch {
 	case units == 0:

@@ -12,6 +12,8 @@ import (
 type turnover struct {
 	joined, left, reweighed int
 	lines                   logLines
+	came                    []*Backend    // that no config had
+	slowly                  bool          // who is available by it has a slow start
 	revived                 []*Backend    // came up with it
 	outdated                []*generation // need another picker
 }
@@ -37,6 +39,9 @@ func (r *poolRegistry) enrollLocked(p *pool, g *generation, members []member, un
 			t.joined++
 			came, open := b.join()
 			b.fresh = b.fresh || came
+			if came {
+				t.came = append(t.came, b)
+			}
 			t.lines.joined(b, came, open, m)
 		case was.weight != m.weight || was.backup != m.backup || was.maxConnections != m.maxConnections:
 			t.reweighed++
@@ -96,8 +101,15 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		}
 	}
 	changed := false
+	for _, b := range t.came {
+		b.slow.Store(nil)
+		if t.slowly {
+			p.startSlowlyLocked(b)
+		}
+	}
 	for _, b := range p.backends {
 		m, ok := named[b]
+		wasBarred := b.barred.Load()
 		changed = b.setTermsLocked(g, m, ok) || changed
 		switch {
 		case !b.used(), b.byHand().state == stateMaint:
@@ -116,8 +128,12 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		if !ok || g.passive.failDuration == 0 || b.byHand().state == stateMaint {
 			changed = b.readmitLocked(&t.lines, "backend's time out is called off") || changed
 		}
+		if t.slowly && wasBarred && !b.barred.Load() {
+			p.startSlowlyLocked(b)
+		}
 	}
 	changed = p.readmitLastLocked(&t.lines) || changed
+	p.awaitStepLocked()
 	if changed || len(t.revived) > 0 {
 		t.outdated = slices.Clone(p.generations)
 	}
@@ -128,6 +144,7 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 // m. It reports whether that changes if new connections may go to b.
 func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed bool) {
 	h := b.byHand()
+	b.slowly.Store(g != nil && g.slowStart > 0)
 	if named {
 		b.given = m.weight
 		b.source.Store(m.sourceText())

@@ -49,7 +49,7 @@ var (
 	descHealthy          = describe("backend_healthy", "Whether the backend's health checks say it is up (1) or down (0).")
 	descChecked          = describe("backend_checked", "Whether health checks say that (1), or the backend is taken to be up without (0), since they are off or have yet to tell.")
 	descWeight           = describe("backend_weight", "Weight of the backend in the running config; 0 if no new connections go to it, or once it left the config and is being drained.")
-	descEffectiveWeight  = describe("backend_effective_weight", "Weight that holds: the one that was set by hand, else the config's; 0 if no new connections go to the backend, by that, its state, or since it left the config.")
+	descEffectiveWeight  = describe("backend_effective_weight", "Weight that holds: the one that was set by hand, else the config's, and of that what a slow start leaves; 0 if no new connections go to the backend, by that, its state, or since it left the config.")
 	descState            = describe("backend_state", "Whether the backend is in the state (1), which is set by hand, or not (0).", "state")
 	descMaxConnections   = describe("backend_max_connections", "Connections that the backend may have at once, open or connecting; 0 = no limit.")
 	descChecks           = describe("health_checks_total", "Finished health checks.", "status")
@@ -167,7 +167,7 @@ func (m *emitter) gauges(b *Backend) {
 	}
 	m.gauge(descChecked, oneIf(b.isChecked()))
 	m.gauge(descWeight, float64(b.weight.Load()))
-	m.gauge(descEffectiveWeight, float64(b.effective.Load()))
+	m.gauge(descEffectiveWeight, b.effectiveWeight())
 	for state, name := range stateNames {
 		m.gauge(descState, oneIf(b.byHand().state == handState(state)), name)
 	}

@@ -52,13 +52,14 @@ var meantOptions = map[string]string{
 	"weight": "it belongs to a backend: write backend <address> <weight>", "backup": meantBackup,
 
 	"lb": "lb_policy", "policy": "lb_policy", "balance": "lb_policy", "algorithm": "lb_policy", "lb_algorithm": "lb_policy", "method": "lb_policy",
-	"load_balancing": "there are lb_policy, lb_retries, lb_try_duration and lb_try_interval, each on a line of its own", "selection_policy": "lb_policy", "strategy": "lb_policy", "scheduler": "lb_policy",
+	"load_balancing": "there are lb_policy, lb_retries, lb_try_duration, lb_try_interval and lb_slow_start, each on a line of its own", "selection_policy": "lb_policy", "strategy": "lb_policy", "scheduler": "lb_policy",
 	"round_robin": meantPolicy, "roundrobin": meantPolicy, "least_conn": meantPolicy, "leastconn": meantPolicy, "random": meantPolicy, "hash": meantPolicy,
 	"ip_hash": meantPolicy, "first": meantPolicy, "source": meantPolicy,
 
 	"retries": "lb_retries", "redispatch": "lb_retries", "proxy_next_upstream_tries": "lb_retries", "max_retries": "lb_retries", "lb_retry": "lb_retries", "retry": "lb_retries",
 	"try_duration": "lb_try_duration", "proxy_next_upstream_timeout": "lb_try_duration", "timeout_queue": "lb_try_duration", "queue_timeout": "lb_try_duration",
 	"try_interval": "lb_try_interval", "retry_interval": "lb_try_interval",
+	"slowstart": "lb_slow_start", "slow_start": "lb_slow_start", "warmup": "lb_slow_start", "slow_start_duration": "lb_slow_start",
 
 	"interval": "health_interval", "inter": "health_interval", "check_interval": "health_interval",
 	"fast_interval": "health_fast_interval", "fastinter": "health_fast_interval",

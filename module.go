@@ -94,6 +94,9 @@ type LoadBalancing struct {
 	TryDuration caddy.Duration `json:"try_duration,omitempty"`
 	// TryInterval is the time between those tries. Default and 0: 250ms.
 	TryInterval caddy.Duration `json:"try_interval,omitempty"`
+	// SlowStart is how long it takes a backend that comes back to get its whole
+	// weight, from a tenth on. Default: 0, which is to get it at once.
+	SlowStart caddy.Duration `json:"slow_start,omitempty"`
 }
 
 // HealthChecks say how the backends' health is found out.

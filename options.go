@@ -66,6 +66,9 @@ func init() {
 		{spec{name: "lb_try_interval", values: "<duration>", path: "load_balancing.try_interval",
 			help: "the pause between those tries"},
 			asDuration(minDuration, defaultTryInterval, plain(func(h *Handler) *caddy.Duration { return &h.loadBalancing().TryInterval }))},
+		{spec{name: "lb_slow_start", values: "<duration>", path: "load_balancing.slow_start", zero: "its weight at once",
+			help: "how long a backend that comes back, or joins, takes to get its whole weight, from a tenth on (but with `first`); see [Slow start](docs/policies.md#slow-start)"},
+			asDuration(0, 0, plain(func(h *Handler) *caddy.Duration { return &h.loadBalancing().SlowStart }))},
 
 		{spec{name: "health_interval", values: "<duration>|off", path: "health_checks.active.interval",
 			help: "from probe to probe of one backend; `off` is `disabled` in JSON"},

@@ -36,7 +36,7 @@ func TestPatchBackends(t *testing.T) {
 	require.Equal(t, 200, status, body)
 	require.Len(t, changed, 1)
 	is := changed[0]
-	require.Equal(t, []any{"web", a.address, "drain", int64(1), int64(0), true, uint64(1), uint64(0)},
+	require.Equal(t, []any{"web", a.address, "drain", int64(1), 0., true, uint64(1), uint64(0)},
 		[]any{is.LB, is.Address, is.State, is.Weight, is.EffectiveWeight, is.Configured, is.Active, is.Connecting})
 	require.Equal(t, is, backendStatuses(t)[a.address], "as GET shows it")
 	before := a.acceptedCount()

@@ -25,7 +25,10 @@ type SelectionPolicy interface {
 // Candidate is a backend that a picker chooses among. It may get more fields.
 type Candidate struct {
 	Backend *Backend
-	Weight  int // 1–256, its share relative to the others'
+	Weight  int // 1–2560, its share relative to the others'
+	// Settled is the Weight that it is to have when its slow start is over, 0 if it
+	// is in none. Only what should stand still meanwhile goes by it.
+	Settled int
 }
 
 // Picker picks backends out of a fixed set. Many goroutines pick at once.

@@ -36,6 +36,7 @@ type pool struct {
 	// nanoseconds; 0 = one has.
 	drainEnd atomic.Int64
 	outage   outage
+	slow     slowStarts
 
 	// generations are the running ones, oldest first; guarded by the registry.
 	generations []*generation
@@ -118,9 +119,11 @@ func (r *poolRegistry) start(g *generation) {
 		prev = old.currentTiers()
 	}
 	g.pool = p
+	g.follows = old != nil && old.hasAvailable()
 	p.generations = append(p.generations, g)
 	g.succeedLocked(old)
 	t, _ := r.enrollLocked(p, g, g.wantedLocked(), time.Time{})
+	t.slowly = g.follows
 	p.setNewestLocked(g)
 	r.settleLocked(p, &t)
 	g.inherit(prev)
@@ -149,6 +152,7 @@ func (r *poolRegistry) stop(g *generation) {
 	until := time.Now().Add(timeout)
 	if newest == nil {
 		p.drainEnd.Store(until.UnixNano())
+		p.slow.stopLocked()
 		if caddy.Exiting() {
 			exitsBy(until)
 		}

@@ -145,6 +145,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		retries:     *h.LoadBalancing.Retries,
 		tryDuration: time.Duration(h.LoadBalancing.TryDuration),
 		tryInterval: time.Duration(h.LoadBalancing.TryInterval),
+		slowStart:   time.Duration(h.LoadBalancing.SlowStart),
 		checks: checkSettings{
 			enabled:      !a.Disabled,
 			interval:     time.Duration(a.Interval),

@@ -54,7 +54,7 @@ func TestDefaults(t *testing.T) {
 
 func TestFillLeavesWhatIsSet(t *testing.T) {
 	const all = `{"name":"web","backends":[{"address":"a:80","weight":256}],
-		"load_balancing":{"selection_policy":{"policy":"other"},"retries":1,"try_duration":"1s","try_interval":"2s"},
+		"load_balancing":{"selection_policy":{"policy":"other"},"retries":1,"try_duration":"1s","try_interval":"2s","slow_start":"3s"},
 		"health_checks":{"active":{"disabled":true,"interval":"3s","fast_interval":"2s","timeout":"4s","passes":5,"fails":6,"port":7},"passive":{"fail_duration":"5s","max_fails":2}},"close_if_unhealthy":"1s",
 		"max_connections":8,"dial_timeout":"9s","idle_timeout":"10s","drain_timeout":"11s","access_log":true}`
 	h := handlerOf(t, all)
@@ -128,13 +128,14 @@ func TestZeroIsNotAbsent(t *testing.T) {
 // TestSettingsReachTheGeneration has a value of its own for each setting.
 func TestSettingsReachTheGeneration(t *testing.T) {
 	g := loaded(t, `{"name":"web","backends":[{"address":"127.0.0.1:1","weight":3},{"address":"127.0.0.1:2"},{"address":"127.0.0.1:3","weight":0}],
-		"load_balancing":{"selection_policy":{"policy":"round_robin"},"retries":1,"try_duration":"1s","try_interval":"2s"},
+		"load_balancing":{"selection_policy":{"policy":"round_robin"},"retries":1,"try_duration":"1s","try_interval":"2s","slow_start":"13s"},
 		"health_checks":{"active":{"disabled":true,"interval":"4s","fast_interval":"3s","timeout":"5s","passes":6,"fails":7,"port":8}},
 		"max_connections":9,"dial_timeout":"10s","idle_timeout":"11s","drain_timeout":"12s","access_log":true}`)
 	require.Equal(t, "web", g.name)
 	require.Equal(t, 1, g.retries)
 	require.Equal(t, time.Second, g.tryDuration)
 	require.Equal(t, 2*time.Second, g.tryInterval)
+	require.Equal(t, 13*time.Second, g.slowStart)
 	require.Equal(t, checkSettings{
 		enabled: false, interval: 4 * time.Second, fastInterval: 3 * time.Second, timeout: 5 * time.Second,
 		passes: 6, fails: 7, port: 8,
@@ -185,6 +186,8 @@ func TestJSONRefuses(t *testing.T) {
 		{"try_duration", balancing(`"try_duration":"-1s"`), []string{"load_balancing.try_duration -1s"}},
 		{"try_interval", balancing(`"try_interval":"-1s"`), []string{"load_balancing.try_interval -1s"}},
 		{"short try_interval", balancing(`"try_interval":5`), []string{"load_balancing.try_interval 5ns"}},
+		{"slow_start", balancing(`"slow_start":"-1s"`), []string{"load_balancing.slow_start -1s"}},
+		{"short slow_start", balancing(`"slow_start":30`), []string{"load_balancing.slow_start 30ns"}},
 		{"unknown policy", balancing(`"selection_policy":{"policy":"fastest"}`), []string{"selection policy", "fastest"}},
 		{"policy without a name", balancing(`"selection_policy":{}`), []string{"selection policy"}},
 		{"policy null", balancing(`"selection_policy":null`), []string{"selection policy"}},

@@ -222,7 +222,7 @@ func (s *soak) requireAnswer(b *soakBackend, is backendStatus) {
 	if b.absent || b.hand.state != stateReady {
 		weight = 0
 	}
-	if is.Address != b.address || is.State != b.hand.state.String() || is.EffectiveWeight != int64(weight) && !b.awaited {
+	if is.Address != b.address || is.State != b.hand.state.String() || is.EffectiveWeight != float64(weight) && !b.awaited {
 		s.add("set by hand: %+v, effective weight %d, answered: %+v", b.hand, weight, is)
 	}
 }

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"runtime/debug"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 )
@@ -95,6 +96,12 @@ func (g *generation) buildLocked(prev tiers) {
 			available[tier] = append(available[tier], Candidate{Backend: m.Backend, Weight: weight})
 		}
 	}
+	if g.slowStart > 0 {
+		now := time.Now()
+		for _, list := range available {
+			weighSlowStarts(list, now)
+		}
+	}
 	t := new(tiers)
 	for i := range t {
 		if i == backups && !g.hasBackups() {
@@ -113,6 +120,10 @@ func (g *generation) buildLocked(prev tiers) {
 			}
 		}
 	}
+}
+
+func (g *generation) hasAvailable() bool {
+	return slices.ContainsFunc(g.members(), func(m enrolled) bool { return m.Backend.Available() })
 }
 
 func (g *generation) hasBackups() bool {

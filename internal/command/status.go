@@ -16,21 +16,21 @@ import (
 
 // backend is what the API says of one, as far as it is shown.
 type backend struct {
-	LB               string `json:"lb"`
-	Address          string `json:"address"`
-	Configured       bool   `json:"configured"`
-	State            string `json:"state"`
-	Weight           int64  `json:"weight"`
-	EffectiveWeight  int64  `json:"effective_weight"`
-	Health           string `json:"health"`
-	Active           uint64 `json:"active"`
-	Connecting       uint64 `json:"connecting"`
-	ConnectionsTotal uint64 `json:"connections_total"`
-	ErrorsTotal      uint64 `json:"errors_total"`
-	ReceivedBytes    uint64 `json:"received_bytes"`
-	SentBytes        uint64 `json:"sent_bytes"`
-	LastError        string `json:"last_error"`
-	LastConnectError string `json:"last_connect_error"`
+	LB               string  `json:"lb"`
+	Address          string  `json:"address"`
+	Configured       bool    `json:"configured"`
+	State            string  `json:"state"`
+	Weight           int64   `json:"weight"`
+	EffectiveWeight  float64 `json:"effective_weight"`
+	Health           string  `json:"health"`
+	Active           uint64  `json:"active"`
+	Connecting       uint64  `json:"connecting"`
+	ConnectionsTotal uint64  `json:"connections_total"`
+	ErrorsTotal      uint64  `json:"errors_total"`
+	ReceivedBytes    uint64  `json:"received_bytes"`
+	SentBytes        uint64  `json:"sent_bytes"`
+	LastError        string  `json:"last_error"`
+	LastConnectError string  `json:"last_connect_error"`
 }
 
 // pool is what the API says of one, as far as it is shown.
@@ -167,8 +167,8 @@ func (b backend) state() string {
 }
 
 func (b backend) weight() string {
-	if b.Configured && b.State == "ready" && b.EffectiveWeight != b.Weight {
-		return fmt.Sprintf("%d (%d)", b.EffectiveWeight, b.Weight)
+	if b.Configured && b.State == "ready" && b.EffectiveWeight != float64(b.Weight) {
+		return fmt.Sprintf("%v (%d)", b.EffectiveWeight, b.Weight)
 	}
 	return fmt.Sprint(b.Weight)
 }
