@@ -56,6 +56,7 @@ type Backend struct {
 	closeAt  time.Time   // when that ends
 	closed   bool        // it has: later sessions end at once
 
+	watched  atomic.Bool // by the newest config that has it
 	failures failures
 	ejection *time.Timer // ends ejected; guarded by the registry
 	fresh    bool        // it has just joined; guarded by the registry

@@ -49,8 +49,7 @@ func (b *Backend) failed(why string) {
 
 // isWatched reports whether failures of clients' connections count, or did.
 func (b *Backend) isWatched() bool {
-	g := b.pool.newest.Load()
-	return g != nil && g.passive.failDuration > 0 || b.stats.ejections.Load() > 0
+	return b.watched.Load() || b.stats.ejections.Load() > 0
 }
 
 // eject takes b out for a while, unless no other backend is available.
