@@ -221,7 +221,9 @@ func (b *Backend) unpark() {
 
 // forgetChecks makes b one that has yet to be checked.
 func (b *Backend) forgetChecks() {
-	b.setHealthy(true)
+	if b.setHealthy(true) {
+		b.stats.turnedUp.Add(1) // so that the two kinds of turns go on to balance
+	}
 	b.fresh, b.untold = true, false
 	b.lastCheck.Store(0)
 	b.lastError.Store(nil)

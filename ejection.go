@@ -65,7 +65,9 @@ func (r *poolRegistry) eject(b *Backend, why string) {
 		zap.Int("failures", g.passive.maxFails), zap.String("error", why)}
 	if !slices.ContainsFunc(g.members(), func(m enrolled) bool { return m.Backend != b && m.Backend.Available() }) {
 		r.mu.Unlock()
-		g.logger.Warn("backend fails clients, and stays as no other is available", fields...)
+		p.staying.Add(func(times uint64) {
+			p.logger().Warn("backend fails clients, and stays as no other is available", append(fields, zap.Uint64("times", times))...)
+		})
 		return
 	}
 	d := g.passive.failDuration

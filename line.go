@@ -87,7 +87,8 @@ func (p *pool) stand(w *waiter, g *generation, again bool) (t outcome) {
 			w.request.tried, isNew = w.request.room[:0], true
 		}
 		q.joinLocked(w)
-		if isNew && !q.noRoom && !q.offerLocked(w, g) && w.in == &q.fresh {
+		// noRoom is of those who have tried nothing: others may have a backup.
+		if isNew && (!q.noRoom || w.in == &q.picky) && !q.offerLocked(w, g) && w.in == &q.fresh {
 			q.noRoom = !g.hasRoom()
 		}
 	}

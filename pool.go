@@ -28,7 +28,7 @@ type pool struct {
 	closed                         [numReasons]atomic.Uint64 // connections that ended before they had a backend
 	times                          poolTimes
 	refusals, overLimit, overFiles notice.Notice
-	overPlaces                     notice.Notice
+	overPlaces, staying            notice.Notice
 
 	waiters waiters
 	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -129,4 +130,34 @@ func TestOutageEndsWithABackup(t *testing.T) {
 		require.Equal(t, map[string]int{one: 3}, pickCounts(g, 3))
 		g.stop()
 	})
+}
+
+// A client whose connect failed reaches a backup, with a limit on the ordinary
+// backend as without.
+func TestFailedConnectsReachTheBackupBesideALimit(t *testing.T) {
+	for _, limit := range []int{0, 1} {
+		t.Run(fmt.Sprint(limit), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFakeNet()
+				g, _ := testGeneration(t, f, func(h *Handler) {
+					h.Backends = withBackups(limited(limit, one), spare)
+					h.LoadBalancing = waitsFor(30 * time.Second)
+					checksOff(h)
+				})
+				f.hanging[one] = true
+				g.start()
+				var clients []*queued
+				for range 4 {
+					clients = append(clients, lineUp(g))
+				}
+				for _, c := range clients {
+					<-c.done
+					require.True(t, c.isServed(), "%v", c.err)
+					require.Equal(t, spare, c.backend.address)
+					c.release()
+				}
+				g.stop()
+			})
+		})
+	}
 }

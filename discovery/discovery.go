@@ -22,7 +22,9 @@
 //				for address := range strings.FieldsSeq(string(text)) {
 //					found = append(found, discovery.Found{Address: address})
 //				}
-//				update(found)
+//				if len(found) > 0 { // it may be being written
+//					update(found)
+//				}
 //			}
 //			select {
 //			case <-ctx.Done():
@@ -56,7 +58,8 @@ type Source interface {
 	// Run calls update with each complete answer, one at a time, and returns when
 	// ctx ends. It is started with the config and not before, so that a config
 	// that is only validated asks nobody. It keeps trouble to itself: while it has
-	// no answer it does not call update, and what there was stays.
+	// no answer it does not call update, and what there was stays; an empty answer
+	// takes all that it found away.
 	Run(ctx context.Context, update func([]Found))
 }
 
