@@ -185,8 +185,8 @@ func TestInitiallyUnhealthy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var passes atomic.Bool
 		passes.Store(true)
-		tell(t, t.Name(), func(context.Context, checks.Target) error {
-			time.Sleep(time.Second)
+		tell(t, t.Name(), func(ctx context.Context, _ checks.Target) error {
+			pause(time.Second, ctx.Done())
 			if !passes.Load() {
 				return errors.New("not yet")
 			}
