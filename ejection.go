@@ -64,7 +64,14 @@ func (r *poolRegistry) eject(b *Backend, why string) {
 	fields := []zap.Field{zap.String("lb", p.name), zap.String("backend", b.address),
 		zap.Int("failures", g.passive.maxFails), zap.String("error", why)}
 	if !slices.ContainsFunc(g.members(), func(m enrolled) bool { return m.Backend != b && m.Backend.Available() }) {
+		var t turnover
+		if p.readmitAsAllFailLocked(g, &t.lines) {
+			t.outdated = slices.Clone(p.generations)
+		}
 		r.mu.Unlock()
+		if t.outdated != nil {
+			t.finish(p, g)
+		}
 		p.staying.Add(func(times uint64) {
 			p.logger().Warn("backend fails clients, and stays as no other is available", append(fields, zap.Uint64("times", times))...)
 		})
@@ -128,6 +135,22 @@ func (p *pool) readmitLastLocked(lines *logLines) (any bool) {
 	for _, m := range g.members() {
 		if b := m.Backend; b.ejected.Load() != 0 && b.healthy.Load() && !b.barred.Load() {
 			any = b.readmitLocked(lines, "backend takes connections again, as no other is available") || any
+		}
+	}
+	return any
+}
+
+// leastEjection is how long a backend is out at least, where the last one that is
+// available fails, too.
+const leastEjection = time.Second
+
+// readmitAsAllFailLocked has backends back whose time out serves nobody: the last
+// one that is available fails as they did, and they may be well by now.
+func (p *pool) readmitAsAllFailLocked(g *generation, lines *logLines) (any bool) {
+	for _, m := range g.members() {
+		until := m.Backend.ejected.Load()
+		if until != 0 && time.Until(time.Unix(0, until)) <= g.passive.failDuration-leastEjection {
+			any = m.Backend.readmitLocked(lines, "backend takes connections again, as the last other one fails, too") || any
 		}
 	}
 	return any

@@ -300,6 +300,14 @@ func TestTheLastBackendIsNotEjected(t *testing.T) {
 		}
 		require.Equal(t, 1, logs.FilterMessage("backend fails clients, and stays as no other is available").Len())
 
+		// But the other is back then, after a second at least.
+		require.False(t, first.Available())
+		time.Sleep(time.Second)
+		second.failed("x")
+		require.True(t, first.Available() && second.Available())
+		first.failed("x")
+		require.False(t, first.Available(), "and may be out again")
+
 		// Nor do checks leave none, while one is out that they find up.
 		f.fail(two, errRefused)
 		time.Sleep(12 * time.Second)
