@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -465,4 +466,36 @@ func BenchmarkPolicies(b *testing.B) {
 			})
 		}
 	}
+}
+
+// TestIPHashTakesTheProxysAddress has clients behind a proxy, whose header says who
+// they are: all have the address of the proxy.
+func TestIPHashTakesTheProxysAddress(t *testing.T) {
+	var addresses []string
+	weights := make(map[string]int)
+	for range 10 {
+		s := startServer(t, func(c *net.TCPConn) {
+			_, _ = io.WriteString(c, c.LocalAddr().String())
+		})
+		addresses = append(addresses, s.address)
+		weights[s.address] = 1
+	}
+	lb := freeAddress(t)
+	runCaddy(t, routeConfig(lb, `{"handler":"proxy_protocol"}`, "", backendsJSON(addresses...)+`,"load_balancing":{"selection_policy":{"policy":"ip_hash"}}}`, ""))
+	table := IPHash{}.NewPicker(namedCandidates(weights), nil).(*maglev)
+	seen := make(map[string]bool)
+	for i := range 40 {
+		address := netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})
+		if i%2 == 1 {
+			address = netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 0, 0, 0, byte(i), 15: byte(i)})
+		}
+		version := map[bool]string{true: "TCP4", false: "TCP6"}[address.Is4()]
+		c := dialClient(t, lb)
+		write(t, c, fmt.Sprintf("PROXY %s %s %s 1111 2222\r\n", version, address, address))
+		got, err := io.ReadAll(c)
+		require.NoError(t, err)
+		require.Equal(t, table.at(table.placeOf(address)).Address(), string(got), "client %s", address)
+		seen[string(got)] = true
+	}
+	require.Greater(t, len(seen), 4)
 }
