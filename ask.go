@@ -77,6 +77,29 @@ func (a *ActiveHealthChecks) asks() (string, error) {
 	return string(b), err
 }
 
+// text names the kind of check; empty for a bare connect. It tells nothing that
+// may be secret.
+func (a *ActiveHealthChecks) text() string {
+	kind := ""
+	switch {
+	case a.URI != "":
+		path, _, _ := strings.Cut(a.URI, "?")
+		kind = "http " + path
+	case len(a.Dialogue) > 0:
+		kind = "dialogue"
+	case len(a.CheckRaw) > 0:
+		var module struct {
+			Name string `json:"check"`
+		}
+		_ = json.Unmarshal(a.CheckRaw, &module)
+		kind = module.Name
+	}
+	if a.TLS != nil {
+		kind = strings.TrimSpace("tls " + kind)
+	}
+	return kind
+}
+
 // newInquiry makes the check of a checked handler.
 func (h *Handler) newInquiry(ctx caddy.Context) (i inquiry, err error) {
 	a := h.activeChecks()

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -75,10 +76,10 @@ func (g *generation) checksText() string {
 	case !c.enabled:
 		return "off"
 	case c.port != 0 && somePort: // a Unix socket has none
-		return fmt.Sprintf("tcp to port %d every %s", c.port, c.interval)
+		return fmt.Sprintf("%s to port %d every %s", cmp.Or(c.text, "tcp"), c.port, c.interval)
 	case !somePort:
-		return fmt.Sprintf("connect every %s", c.interval)
+		return fmt.Sprintf("%s every %s", cmp.Or(c.text, "connect"), c.interval)
 	default:
-		return fmt.Sprintf("tcp every %s", c.interval)
+		return fmt.Sprintf("%s every %s", cmp.Or(c.text, "tcp"), c.interval)
 	}
 }

@@ -93,6 +93,9 @@ func (s *search) find(g *generation) (*generation, error) {
 		if newest := registry.newest(g.name); newest != nil {
 			g = newest
 		} else if isClosed(g.stopped) {
+			if full {
+				err = errFull
+			}
 			return g, err
 		}
 	}
@@ -170,7 +173,7 @@ func (s *search) round(g *generation) (*generation, error) {
 		if g, b = s.next(g, try == 0); b == nil {
 			break
 		}
-		if n := len(r.tried); n > 0 && try > 0 {
+		if n := len(r.tried); n > 0 {
 			r.tried[n-1].stats.retries.Add(1)
 		}
 		r.tried = append(r.tried, b)

@@ -20,6 +20,7 @@ type checkSettings struct {
 	passes, fails int
 	port          uint16 // 0 = the backend's own
 	asks          string // what they ask of a backend
+	text          string // which kind of check that is, for the log
 	initiallyDown bool   // until the first has passed
 }
 

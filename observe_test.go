@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
@@ -180,6 +181,31 @@ func TestAccessLog(t *testing.T) {
 	}
 	require.Positive(t, line["duration"])
 	require.Positive(t, line["dial_time"])
+}
+
+// A client that is turned away at the limit has its line, with its address.
+func TestAccessLogOfRefusedClients(t *testing.T) {
+	s := echoServer(t)
+	lb := freeAddress(t)
+	file := filepath.Join(t.TempDir(), "access.log")
+	config := lbConfig(lb, `"name":"web","access_log":true,"max_connections":1,`+backendsJSON(s.address)+"}")
+	config = strings.Replace(config, `"default":{"level":"ERROR"}`, fmt.Sprintf(
+		`"default":{"level":"ERROR"},"access":{"include":["layer4.handlers.tcp_lb.access"],"writer":{"output":"file","filename":%q}}`, file), 1)
+	runCaddy(t, config)
+	first := dialClient(t, lb)
+	write(t, first, "x")
+	expect(t, first, "x")
+	refused := dialClient(t, lb)
+	_, err := io.ReadAll(refused)
+	require.True(t, err == nil || errors.Is(err, syscall.ECONNRESET), "%v", err)
+	var line map[string]any
+	eventually(t, func() bool {
+		b, _ := os.ReadFile(file)
+		return strings.HasSuffix(string(b), "\n") && json.Unmarshal(b, &line) == nil
+	}, "one line")
+	require.Equal(t, "max_connections", line["reason"])
+	require.Equal(t, refused.LocalAddr().String(), line["client"])
+	require.NotContains(t, line, "clientError")
 }
 
 // eventRecorder is an event handler module that keeps what it sees.

@@ -64,11 +64,11 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 			ok = true // it is the relay that closes the sockets
 		}
 	}()
+	s.from = cx.RemoteAddr()
 	if s.leavePool, ok = g.admit(cx); !ok {
 		s.why = reasonMaxConnections
 		return false
 	}
-	s.from = cx.RemoteAddr()
 	find := search{pool: s.pool, request: Request{client: s.from, cx: cx}, began: s.began}
 	find.waiter.client, find.waiter.silent = cx, isBare(cx.Conn) && len(cx.MatchingBytes()) == 0
 	g, s.err = find.find(g)

@@ -155,6 +155,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 			fails:        a.Fails,
 			port:         uint16(a.Port),
 			asks:         asks,
+			text:         a.text(),
 
 			initiallyDown: a.InitiallyUnhealthy,
 		},

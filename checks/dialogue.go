@@ -59,7 +59,11 @@ func (d *Dialogue) Provision(caddy.Context) error {
 	for _, each := range d.Steps {
 		s, _ := each.parse()
 		if s.send != nil {
-			s.send = []byte(repl.ReplaceKnown(string(s.send), ""))
+			text, err := repl.ReplaceOrErr(string(s.send), true, false) // braces may be its own
+			if err != nil {
+				return err
+			}
+			s.send = []byte(text)
 		}
 		d.steps = append(d.steps, s)
 	}

@@ -76,7 +76,10 @@ func (h *HTTP) Provision(caddy.Context) error {
 	headers := make(http.Header, len(h.Headers))
 	for name, values := range h.Headers {
 		for _, v := range values {
-			v = repl.ReplaceKnown(v, "")
+			v, err := repl.ReplaceOrErr(v, true, false) // braces may be its own
+			if err != nil {
+				return fmt.Errorf("header %s: %w", name, err)
+			}
 			if strings.ContainsFunc(v, unicode.IsControl) {
 				return fmt.Errorf("header %s: want printable characters", name) // which may be a secret
 			}

@@ -97,6 +97,11 @@ func connections(c *call) (int, error) {
 	if done, err := c.asJSON(r); done {
 		return caddy.ExitCodeSuccess, err
 	}
+	if len(list) == 0 {
+		if code, err := c.isThere(query); err != nil {
+			return code, err
+		}
+	}
 	err = writeConnections(c.out, list)
 	if total, bad := strconv.Atoi(r.header.Get("X-Total-Count")); bad == nil && total > len(list) {
 		_, noteErr := fmt.Fprintf(c.out, "%d of %d, --limit 0 shows all\n", len(list), total)
@@ -137,4 +142,23 @@ func writeConnections(w io.Writer, list []connection) error {
 		})
 	}
 	return writeTable(w, connectionColumns, rows, false)
+}
+
+// isThere returns an error if there is no such pool or backend, which may be a
+// slip of the pen: without it all is quiet there, it seems.
+func (c *call) isThere(query url.Values) (int, error) {
+	which := url.Values{}
+	for _, key := range []string{"lb", "address"} {
+		if query.Has(key) {
+			which.Set(key, query.Get(key))
+		}
+	}
+	if len(which) == 0 {
+		return caddy.ExitCodeSuccess, nil
+	}
+	_, backends, err := askFor[backend](c.ctx(), c.in, http.MethodGet, "/tcp_lb/backends", which, nil)
+	if err != nil || len(backends) > 0 {
+		return caddy.ExitCodeFailedStartup, err
+	}
+	return exitNoneMatched, noneMatched("there is no such pool or backend")
 }

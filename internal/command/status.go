@@ -22,6 +22,9 @@ type backend struct {
 	State            string  `json:"state"`
 	Weight           int64   `json:"weight"`
 	EffectiveWeight  float64 `json:"effective_weight"`
+	Backup           bool    `json:"backup"`
+	MaxConnections   int64   `json:"max_connections"`
+	EjectedUntil     *string `json:"ejected_until"`
 	Health           string  `json:"health"`
 	Active           uint64  `json:"active"`
 	Connecting       uint64  `json:"connecting"`
@@ -60,7 +63,8 @@ Shows each pool, and each backend with its health, state and weight, open and
 finished connections, failed connects, bytes from and to clients, and the last
 error of a check or a connect. A weight that was set by hand has the config's
 behind it in parentheses. The state "left" is that of a backend that has left the
-config, and of which connections are open.
+config, and of which connections are open; behind "ready" it says if the backend is
+a backup, full, or out for a while since clients' connections failed.
 
 With --json it is {"pools": [...], "backends": [...]}, the answers of
 /tcp_lb/pools and /tcp_lb/backends.
@@ -158,10 +162,20 @@ func writeBackends(w io.Writer, backends []backend) error {
 	return writeTable(w, backendColumns, rows, true)
 }
 
-// state is what was set by hand, of a backend that is in the config.
+// state is what was set by hand, of a backend that is in the config, and what else
+// keeps clients from one that is ready.
 func (b backend) state() string {
-	if !b.Configured {
+	switch {
+	case !b.Configured:
 		return "left"
+	case b.State != "ready":
+		return b.State
+	case b.EjectedUntil != nil:
+		return "ready, out"
+	case b.MaxConnections > 0 && b.Active+b.Connecting >= uint64(b.MaxConnections):
+		return "ready, full"
+	case b.Backup:
+		return "ready, backup"
 	}
 	return b.State
 }
