@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -234,9 +235,9 @@ func TestResultOfTheOldCheckIsLate(t *testing.T) {
 			pause(time.Second, ctx.Done())
 			return errors.New("of the old one")
 		})
-		asked := 0
+		var asked atomic.Int64
 		tell(t, t.Name()+" up", func(context.Context, checks.Target) error {
-			asked++
+			asked.Add(1)
 			return nil
 		})
 		f := newFakeNet()
@@ -249,7 +250,7 @@ func TestResultOfTheOldCheckIsLate(t *testing.T) {
 		b := next.members()[0].Backend
 		time.Sleep(2 * time.Second)
 		require.True(t, b.Available())
-		require.Positive(t, asked)
+		require.Positive(t, asked.Load())
 		require.Nil(t, b.lastError.Load())
 		require.Zero(t, b.stats.checksFailed.Load())
 		require.Zero(t, logs.FilterMessage("backend is down").Len())
