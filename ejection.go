@@ -81,7 +81,9 @@ func (r *poolRegistry) eject(b *Backend, why string) {
 	b.ejected.Store(time.Now().Add(d).UnixNano())
 	b.stats.ejections.Add(1)
 	// Ends by itself, or by readmitLocked; nobody waits for it.
-	b.ejection = time.AfterFunc(d, func() { r.readmit(b) })
+	var timer *time.Timer
+	timer = time.AfterFunc(d, func() { r.readmit(b, &timer) })
+	b.ejection = timer
 	b.emitLocked("ejected", map[string]any{"lb": p.name, "backend": b.address, "error": why})
 	outdated := slices.Clone(p.generations)
 	r.mu.Unlock()
@@ -97,10 +99,11 @@ func (g *generation) has(b *Backend) bool {
 	return slices.ContainsFunc(g.members(), func(m enrolled) bool { return m.Backend == b })
 }
 
-// readmit ends b's time out, when that is over.
-func (r *poolRegistry) readmit(b *Backend) {
+// readmit ends b's time out, when that is over. The clock is no witness of that: it
+// may have been set back meanwhile.
+func (r *poolRegistry) readmit(b *Backend, timer **time.Timer) {
 	r.mu.Lock()
-	if until := b.ejected.Load(); until == 0 || time.Now().UnixNano() < until {
+	if b.ejection != *timer {
 		r.mu.Unlock()
 		return // it ended before, just as the timer fired
 	}

@@ -28,13 +28,16 @@ func (b *Backend) setClosingLocked(g *generation, named bool) {
 	}
 	b.closeAt, b.closed = at, false
 	// Ends by itself, or finds that it was called off; nobody waits for it.
-	b.closing = time.AfterFunc(time.Until(at), b.closeDown)
+	var timer *time.Timer
+	timer = time.AfterFunc(time.Until(at), func() { b.closeDown(&timer) })
+	b.closing = timer
 }
 
-// closeDown cuts what is open while the backend is down.
-func (b *Backend) closeDown() {
+// closeDown cuts what is open while the backend is down. The clock is no witness of
+// which timer fired: it may have been set back.
+func (b *Backend) closeDown(timer **time.Timer) {
 	b.mu.Lock()
-	if b.closing == nil || time.Now().Before(b.closeAt) {
+	if b.closing != *timer {
 		b.mu.Unlock()
 		return // called off just as the timer fired
 	}

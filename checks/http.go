@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -216,7 +217,7 @@ func (h *HTTP) ask(conn net.Conn, method, host string, uri *url.URL) (*http.Resp
 		case err != nil:
 			return nil, fmt.Errorf("no HTTP response: %w", received(err))
 		case resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols:
-			limited.N = maxAnswer
+			limited.N = math.MaxInt64 // the body has a bound of its own, without what chunks take
 			return resp, nil
 		}
 	}

@@ -193,6 +193,28 @@ func TestHTTPOfABackendThatDoesNotClose(t *testing.T) {
 	require.NoError(t, s.check(t, provisioned(t, new(HTTP)), Wire{}))
 }
 
+// A body is looked at up to 64 KB, whatever its chunks take besides and however
+// long it is.
+func TestHTTPOfALongBody(t *testing.T) {
+	for name, chunk := range map[string]int{"large chunks": 40 << 10, "small chunks": 4} {
+		t.Run(name, func(t *testing.T) {
+			s := serve(t, func(c net.Conn) {
+				_, _ = http.ReadRequest(bufio.NewReader(c))
+				w := bufio.NewWriterSize(c, 2<<10)
+				_, _ = io.WriteString(w, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+				_ = w.Flush() // a segment of its own
+				_, _ = io.WriteString(w, "5\r\nready\r\n")
+				for range (100 << 10) / chunk {
+					_, _ = fmt.Fprintf(w, "%x\r\n%s\r\n", chunk, strings.Repeat("x", chunk))
+				}
+				_, _ = io.WriteString(w, "0\r\n\r\n")
+				_ = w.Flush()
+			})
+			require.NoError(t, s.check(t, provisioned(t, &HTTP{ExpectBody: "^ready"}), Wire{}))
+		})
+	}
+}
+
 // One that trickles has the time of the check, and no more.
 func TestHTTPOfABackendThatTrickles(t *testing.T) {
 	s := serve(t, func(c net.Conn) {
