@@ -221,7 +221,7 @@ func (b *Backend) unpark() {
 
 // forgetChecks makes b one that has yet to be checked.
 func (b *Backend) forgetChecks() {
-	if b.setHealthy(true) {
+	if b.setHealthy(true) && !b.untold {
 		b.stats.turnedUp.Add(1) // so that the two kinds of turns go on to balance
 	}
 	b.fresh, b.untold = true, false

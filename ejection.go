@@ -152,7 +152,7 @@ const leastEjection = time.Second
 func (p *pool) readmitAsAllFailLocked(g *generation, lines *logLines) (any bool) {
 	for _, m := range g.members() {
 		until := m.Backend.ejected.Load()
-		if until != 0 && time.Until(time.Unix(0, until)) <= g.passive.failDuration-leastEjection {
+		if until != 0 && m.Backend.healthy.Load() && !m.Backend.barred.Load() && time.Until(time.Unix(0, until)) <= g.passive.failDuration-leastEjection {
 			any = m.Backend.readmitLocked(lines, "backend takes connections again, as the last other one fails, too") || any
 		}
 	}

@@ -134,7 +134,7 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		}
 	}
 	changed = p.readmitLastLocked(&t.lines) || changed
-	p.awaitStepLocked()
+	p.awaitStepLocked(time.Now())
 	if changed || len(t.revived) > 0 {
 		t.outdated = slices.Clone(p.generations)
 	}

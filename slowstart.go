@@ -101,15 +101,15 @@ func (s *slowStarts) stopLocked() {
 	s.timer, s.due = nil, time.Time{}
 }
 
-// awaitStepLocked has the next step be when the first of p's backends is due.
-func (p *pool) awaitStepLocked() {
+// awaitStepLocked has the next step be when the first of p's backends is due, of
+// what the pickers do not have that were made from since on.
+func (p *pool) awaitStepLocked(since time.Time) {
 	if !slices.ContainsFunc(p.generations, func(g *generation) bool { return g.slowStart > 0 }) {
 		return
 	}
-	now := time.Now()
 	for _, b := range p.backends {
 		if b.Available() {
-			p.stepAtLocked(b.slow.Load().next(now))
+			p.stepAtLocked(b.slow.Load().next(since))
 		}
 	}
 }
@@ -142,7 +142,7 @@ func (r *poolRegistry) stepSlowStarts(p *pool) {
 		pause = max(pause, g.slowStart/(slowSteps*(slowSteps-1)))
 	}
 	s.earliest = time.Now().Add(pause)
-	p.awaitStepLocked()
+	p.awaitStepLocked(began) // what fell due meanwhile is not in them
 }
 
 // What the rotation of candidates in slow start may be long, and what the work may
