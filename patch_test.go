@@ -31,6 +31,10 @@ func TestPatchBackends(t *testing.T) {
 	forget := func() { patch(t, admin, "lb=web", `{"state":"ready","weight":null}`) } // it would outlive the test
 	defer forget()
 	open := hold(t, lb) // to a
+	eventually(t, func() bool { // a byte is counted when it is on its way to the client
+		is := backendStatuses(t)[a.address]
+		return is.ReceivedBytes > 0 && is.SentBytes > 0
+	}, "the books rest")
 
 	status, changed, body := patch(t, admin, "lb=web&address="+a.address, `{"state":"drain"}`)
 	require.Equal(t, 200, status, body)
