@@ -73,6 +73,10 @@ func TestPatchBackends(t *testing.T) {
 	}
 
 	// Of what is wrong nothing is taken.
+	eventually(t, func() bool {
+		is := backendStatuses(t)[b.address]
+		return is.Active+is.Connecting == 0
+	}, "the short connections have ended")
 	was := backendStatuses(t)
 	for _, c := range []struct {
 		query, body string
