@@ -54,8 +54,8 @@ func request(t testing.TB, method, url, body string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// send sends a request, again where it was not read: Caddy's admin endpoint does
-// that to a connection that comes just when the next config's takes its place.
+// send sends a request, again where it was not read or the connection reset: Caddy's
+// admin endpoint does that to one that comes just when the next config's takes its place.
 func send(method, url, body string) (*http.Response, error) {
 	client := &http.Client{Timeout: hangTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
 	for tries := 1; ; tries++ {
@@ -65,7 +65,7 @@ func send(method, url, body string) (*http.Response, error) {
 		}
 		r.Header.Set("Content-Type", "application/json")
 		resp, err := client.Do(r)
-		if tries == 3 || !errors.Is(err, io.EOF) {
+		if tries == 3 || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
 			return resp, err
 		}
 	}

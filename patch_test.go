@@ -74,9 +74,9 @@ func TestPatchBackends(t *testing.T) {
 
 	// Of what is wrong nothing is taken.
 	eventually(t, func() bool {
-		is := backendStatuses(t)[b.address]
-		return is.Active+is.Connecting == 0
-	}, "the short connections have ended")
+		held, short := backendStatuses(t)[a.address], backendStatuses(t)[b.address]
+		return short.Active+short.Connecting == 0 && held.ReceivedBytes == 2 && held.SentBytes == 2
+	}, "the short connections have ended, and all is counted")
 	was := backendStatuses(t)
 	for _, c := range []struct {
 		query, body string
