@@ -30,7 +30,7 @@ func TestPatchBackends(t *testing.T) {
 	runWithAdmin(t, config)
 	forget := func() { patch(t, admin, "lb=web", `{"state":"ready","weight":null}`) } // it would outlive the test
 	defer forget()
-	open := hold(t, lb) // to a
+	open := hold(t, lb)         // to a
 	eventually(t, func() bool { // a byte is counted when it is on its way to the client
 		is := backendStatuses(t)[a.address]
 		return is.ReceivedBytes > 0 && is.SentBytes > 0
