@@ -183,7 +183,10 @@ func (s *soak) look() (l soakLook) {
 	for _, b := range s.backends {
 		l.backends = append(l.backends, backendLook{b.broken.mark(), b.closed.n.Load(), b.spare.n.Load()})
 	}
-	l.downs, l.firstIsUp = s.first.stats.turnedDown.Load(), s.first.healthy.Load()
+	// A picker is made a moment after a backend has turned up, and before that the
+	// backups may be asked.
+	justUp := time.Since(time.Unix(0, s.first.stats.turnedAt.Load())) < time.Second
+	l.downs, l.firstIsUp = s.first.stats.turnedDown.Load(), s.first.healthy.Load() && !justUp
 	return l
 }
 
