@@ -1,8 +1,7 @@
 // Package loop waits for many sockets without a goroutine each. It is Linux's
 // only: elsewhere Acquire and Await fail with ErrUnavailable.
 //
-// There is a loop for every two processors, eight at most, a goroutine that waits in
-// Go's poller for its own epoll descriptor. Each calls its handlers one at a
+// There is a loop for every two processors, up to eight loops. Each calls its handlers one at a
 // time, so that what belongs to one loop needs no lock; in return no handler may
 // block, or work for long: it asks for another turn instead. A loop begins with
 // its first user and ends, with its files, when it has had none for a moment.

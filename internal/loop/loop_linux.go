@@ -1,12 +1,10 @@
 package loop
 
 import (
-	"os"
 	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 	"unsafe"
 
@@ -43,9 +41,7 @@ type Loop struct {
 	// Who posts wakes a loop that is asleep: posting stores waits, then looks at
 	// asleep; the loop does it the other way around.
 	waits, asleep atomic.Bool
-	epoll, wake   int             // descriptors
-	file          *os.File        // epoll's, in Go's poller
-	sleeper       syscall.RawConn // likewise
+	epoll, wake   int // descriptors
 
 	clock   time.Time // what Now counts from
 	now     int64
@@ -157,15 +153,6 @@ func (l *Loop) open() (err error) {
 	if l.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
 		return err
 	}
-	_ = unix.SetNonblock(l.epoll, true) // which has os.NewFile take it for one to be polled
-	l.file = os.NewFile(uintptr(l.epoll), "epoll")
-	if l.sleeper, err = l.file.SyscallConn(); err == nil {
-		err = l.file.SetReadDeadline(time.Time{}) // fails if it is not in Go's poller
-	}
-	if err != nil {
-		_ = l.file.Close()
-		return err
-	}
 	if l.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err == nil {
 		// Each write is an edge, so that nobody has to read.
 		err = unix.EpollCtl(l.epoll, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeKey})
@@ -174,7 +161,7 @@ func (l *Loop) open() (err error) {
 		}
 	}
 	if err != nil {
-		_ = l.file.Close()
+		_ = unix.Close(l.epoll)
 		return err
 	}
 	if l.clock.IsZero() {
@@ -236,19 +223,16 @@ func (l *Loop) poll() int {
 	return int(n)
 }
 
-// sleep waits for events; a negative timeout is none. It waits in Go's poller, as
-// any goroutine: a thread that is asleep in the kernel would keep its processor
-// from others until the scheduler notices.
-func (l *Loop) sleep(timeout time.Duration) (n int) {
-	var deadline time.Time
+// sleep waits for events; a negative timeout is none.
+func (l *Loop) sleep(timeout time.Duration) int {
+	ms := -1
 	if timeout >= 0 {
-		deadline = time.Now().Add(timeout)
+		ms = int((timeout + time.Millisecond - 1) / time.Millisecond)
 	}
-	_ = l.file.SetReadDeadline(deadline)
-	_ = l.sleeper.Read(func(uintptr) bool {
-		n = l.poll()
-		return n > 0
-	})
+	n, err := unix.EpollWait(l.epoll, l.events[:], ms)
+	if err != nil { // interrupted
+		return 0
+	}
 	return n
 }
 
@@ -270,7 +254,7 @@ func (l *Loop) end() bool {
 	l.waits.Store(false)
 	l.table, l.batch, l.batchAt, l.turns, l.after = table{}, nil, 0, nil, nil
 	_ = unix.Close(l.wake)
-	_ = l.file.Close()
+	_ = unix.Close(l.epoll)
 	return true
 }
 
