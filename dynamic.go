@@ -274,7 +274,7 @@ func (r *poolRegistry) change(g *generation, s *dynamicSource, found []member) {
 	}
 	r.settleLocked(p, &t)
 	for _, b := range left {
-		r.dropIfUnusedLocked(b)
+		r.dropLocked(b, &t.lines)
 	}
 	if !slices.Contains(t.outdated, g) {
 		t.outdated = append(t.outdated, g)

@@ -160,7 +160,7 @@ func (r *poolRegistry) stop(g *generation) {
 	t, left := r.enrollLocked(p, g, nil, until)
 	r.settleLocked(p, &t)
 	for _, b := range left {
-		r.dropIfUnusedLocked(b)
+		r.dropLocked(b, &t.lines)
 	}
 	ended, did := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
@@ -248,16 +248,24 @@ func (r *poolRegistry) adopt(b *Backend) *Backend {
 func (r *poolRegistry) retire(b *Backend) {
 	r.mu.Lock()
 	p := b.pool
-	was, dropped := r.dropIfUnusedLocked(b)
+	var lines logLines
+	r.dropLocked(b, &lines)
 	ended, did := r.forgetIfEmptyLocked(p)
 	r.mu.Unlock()
-	if dropped && was.open > 0 && !caddy.Exiting() {
-		p.logger().Info("backend is drained",
-			zap.String("lb", p.name), zap.String("backend", b.address),
-			zap.Int("connections", was.open), zap.Int("cut_by_drain_timeout", was.cut))
-	}
+	lines.write(p.logger())
 	if ended {
 		p.logEnd(did)
+	}
+}
+
+// dropLocked drops b if nothing needs it, and adds that it is drained: its last
+// connection may end before the change is done by which it left.
+func (r *poolRegistry) dropLocked(b *Backend, lines *logLines) {
+	was, dropped := r.dropIfUnusedLocked(b)
+	if dropped && was.open > 0 && !caddy.Exiting() {
+		lines.add("backend is drained",
+			zap.String("lb", b.pool.name), zap.String("backend", b.address),
+			zap.Int("connections", was.open), zap.Int("cut_by_drain_timeout", was.cut))
 	}
 }
 
