@@ -42,7 +42,7 @@ bench-parts: ## Run the Go benchmarks
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 docker-build: ## Build the image
-	docker build -t caddy-tcp-lb .
+	docker build -t caddy-tcp-lb:local .
 
 docker-up: ## Start the container stack
 	$(COMPOSE) up --build

@@ -33,6 +33,10 @@ type composeService struct {
 	Grace        string `yaml:"stop_grace_period"`
 	Sysctls      map[string]string
 	Ulimits      struct{ Nofile struct{ Soft, Hard int } }
+	Logging      struct{ Options map[string]string }
+	CapDrop      []string `yaml:"cap_drop"`
+	SecurityOpt  []string `yaml:"security_opt"`
+	ReadOnly     bool     `yaml:"read_only"`
 }
 
 func loadCompose(t testing.TB) composeFile {
@@ -57,7 +61,7 @@ func TestCompose(t *testing.T) {
 	}
 	for service, after := range map[string][]string{
 		"backend1": nil, "backend2": {"backend1"}, "backend3": {"backend1"},
-		"balancer": {"backend1", "backend2", "backend3"}, "prometheus": {"balancer"}, "grafana": {"prometheus"},
+		"balancer": {"backend1", "backend2", "backend3"}, "prometheus": nil, "grafana": {"prometheus"},
 	} {
 		require.ElementsMatch(t, after, slices.Collect(maps.Keys(c.Services[service].DependsOn)), service)
 		for _, d := range c.Services[service].DependsOn {
@@ -73,12 +77,13 @@ func TestCompose(t *testing.T) {
 		if name != "balancer" { // whose check is the image's
 			require.NotEmpty(t, s.Healthcheck.Test, name)
 		}
+		require.NotEmpty(t, s.Logging.Options["max-size"], "%s: a log that ends", name)
+		require.Equal(t, []string{"ALL"}, s.CapDrop, name)
+		require.Equal(t, []string{"no-new-privileges:true"}, s.SecurityOpt, name)
+		require.Equal(t, name != "grafana", s.ReadOnly, name)
 		for _, v := range s.Volumes {
 			from, _, _ := strings.Cut(v, ":")
-			if strings.HasPrefix(from, ".") {
-				_, err := os.Stat(from)
-				require.NoError(t, err, name)
-			} else {
+			if !strings.HasPrefix(from, ".") {
 				require.Contains(t, c.Volumes, from, name)
 			}
 		}
@@ -86,7 +91,31 @@ func TestCompose(t *testing.T) {
 	balancer := c.Services["balancer"]
 	require.Greater(t, balancer.Ulimits.Nofile.Soft, 10_000)
 	require.Equal(t, map[string]string{"net.ipv4.tcp_migrate_req": "1"}, balancer.Sysctls)
+	require.Equal(t, "docker build -t caddy-tcp-lb:local .", makeTarget(t, "docker-build"), "the stack's own tag")
 	require.Equal(t, "admin", c.Services["grafana"].Environment["GF_SECURITY_ADMIN_PASSWORD"])
+}
+
+// makeTarget returns the only line of the target's recipe.
+func makeTarget(t testing.TB, name string) string {
+	t.Helper()
+	_, rest, ok := strings.Cut(readFile(t, "Makefile"), "\n"+name+":")
+	require.True(t, ok, name)
+	lines := strings.SplitN(rest, "\n", 3)
+	return strings.TrimSpace(lines[1])
+}
+
+// A single file that is mounted keeps its old text when an editor replaces it.
+func TestComposeMountsDirectories(t *testing.T) {
+	for name, s := range loadCompose(t).Services {
+		for _, v := range s.Volumes {
+			from, _, _ := strings.Cut(v, ":")
+			if strings.HasPrefix(from, ".") {
+				info, err := os.Stat(from)
+				require.NoError(t, err, name)
+				require.True(t, info.IsDir(), "%s: %s", name, from)
+			}
+		}
+	}
 }
 
 // stackHandler is the handler of the stack's balancer.
@@ -116,11 +145,15 @@ func TestDockerfile(t *testing.T) {
 		require.Regexp(t, `:\d+\.\d+\.\d+`, f[1], "a pinned version")
 	}
 	for _, line := range []string{
-		"COPY go.mod go.sum ./\nRUN go mod download\nCOPY . .\n", " -o /out/caddy ./cmd/caddy\n",
-		"\nUSER caddy\n", "http://127.0.0.1:9090/health",
+		"COPY go.mod go.sum ./\nRUN go mod download\n", " -o /out/caddy ./cmd/caddy\n",
+		"\nUSER caddy\n", "http://127.0.0.1:2019/tcp_lb/pools",
 	} {
 		require.Contains(t, text, line)
 	}
+	_, build, _ := strings.Cut(text, "go mod download")
+	build, _, _ = strings.Cut(build, "FROM ")
+	require.NotContains(t, build, "docker", "what the build does not read builds nothing anew")
+	require.NotContains(t, build, "COPY . ")
 	for _, c := range regexp.MustCompile(`(?m)^COPY (docker/\S+)`).FindAllStringSubmatch(text, -1) {
 		require.FileExists(t, c[1])
 	}
