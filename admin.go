@@ -81,10 +81,11 @@ type poolSummary struct {
 	ConnectionsTotal uint64             `json:"connections_total"`
 	ErrorsTotal      uint64             `json:"errors_total"` // failed connects
 	RetriesTotal     uint64             `json:"retries_total"`
-	NoBackend        uint64             `json:"no_backend"`      // clients turned away for want of a backend …
-	MaxConnections   uint64             `json:"max_connections"` // … or over a limit
-	ReceivedBytes    uint64             `json:"received_bytes"`  // from clients
-	SentBytes        uint64             `json:"sent_bytes"`      // to clients
+	NoBackend        uint64             `json:"no_backend"`                 // clients turned away for want of a backend …
+	MaxConnections   uint64             `json:"max_connections"`            // … or over a limit
+	OverClientLimit  uint64             `json:"max_connections_per_client"` // … or over the limit of one client
+	ReceivedBytes    uint64             `json:"received_bytes"`             // from clients
+	SentBytes        uint64             `json:"sent_bytes"`                 // to clients
 }
 
 func serveBackends(w http.ResponseWriter, r *http.Request) error {
@@ -148,6 +149,7 @@ func (v poolView) summary() poolSummary {
 		Waiting:          v.waiters.waiting.Load(),
 		NoBackend:        v.closed[reasonNoBackend].Load(),
 		MaxConnections:   v.closed[reasonMaxConnections].Load(),
+		OverClientLimit:  v.closed[reasonMaxConnectionsPerClient].Load(),
 		ReceivedBytes:    t.received,
 		SentBytes:        t.sent,
 	}

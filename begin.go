@@ -55,9 +55,18 @@ func (g *generation) logPool(message string) {
 		zap.Duration("try_duration", g.tryDuration),
 		zap.String("checks", g.checksText()),
 		zap.Int64("max_connections", g.connections()),
+		unlessZero("max_connections_per_client", g.clientLimit),
 		zap.Duration("dial_timeout", g.dialTimeout),
 		zap.Duration("idle_timeout", g.idleTimeout),
 		zap.Duration("drain_timeout", g.drainTimeout))
+}
+
+// unlessZero is a field for what is off as a rule.
+func unlessZero(name string, n int64) zap.Field {
+	if n == 0 {
+		return zap.Skip()
+	}
+	return zap.Int64(name, n)
 }
 
 // connections returns how many connections the generation serves at most.

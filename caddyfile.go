@@ -53,6 +53,7 @@ import (
 //		fail_duration <duration>
 //		max_fails <number>
 //		max_connections <number>
+//		max_connections_per_client <number>
 //		dial_timeout <duration>
 //		idle_timeout <duration>
 //		drain_timeout <duration>

@@ -254,6 +254,7 @@ var validOptions = map[string]string{
 	"drain_timeout":         "1s",
 	"access_log":            "",
 
+	"max_connections_per_client":      "20",
 	"health_follow_redirects":         "",
 	"health_initially_unhealthy":      "",
 	"close_if_unhealthy":              "10s",

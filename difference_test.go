@@ -76,6 +76,8 @@ func TestFirstDifference(t *testing.T) {
 		"drain_timeout 1s":        "drain_timeout is 30s in one and 1s in the other",
 		"access_log":              "access_log is off in one and on in the other",
 		"backend b:80":            `only one has the backend "b:80"`,
+
+		"max_connections_per_client 5": "max_connections_per_client is not set in one and 5 in the other",
 	} {
 		require.Equal(t, want, firstDifference(plain, fingerprint("health_port 81", line)))
 	}

@@ -156,6 +156,7 @@ func requireInRange(t testing.TB, h *Handler) {
 		atLeast("close_if_unhealthy", *h.CloseIfUnhealthy, 0)
 	}
 	number("max_connections", h.MaxConnections, 0, 1<<31-1)
+	number("max_connections_per_client", h.MaxConnectionsPerClient, 0, 1<<31-1)
 	atLeast("dial_timeout", h.DialTimeout, time.Millisecond)
 	atLeast("idle_timeout", *h.IdleTimeout, 0)
 	atLeast("drain_timeout", *h.DrainTimeout, 0)

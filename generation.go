@@ -89,6 +89,7 @@ type voice struct {
 	logger, access *zap.Logger
 	accessLog      bool
 	limit          int64 // connections; 0 = the process's
+	clientLimit    int64 // connections of one client; 0 = none
 }
 
 // setLogger gives the access log of each pool a name of its own, by which Caddy's

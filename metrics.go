@@ -81,7 +81,7 @@ var (
 	descSourceFailing    = describeWith([]string{"lb", "source"}, "source_failing", "Whether the last lookup failed or found nothing (1), in whole or in part, so that what was found before serves on.")
 	descTurnedAway       = describeWith([]string{"listener", "reason"}, "listener_connections_closed_total", "Connections of a tcp_lb listener that were closed before they reached a tcp_lb handler.")
 	backendClosedReasons = []reason{reasonClientClosed, reasonBackendClosed, reasonClientReset, reasonBackendReset, reasonIdleTimeout, reasonDrainTimeout, reasonError, reasonBackendClosedEarly, reasonKilled, reasonBackendDown}
-	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
+	unservedReasons      = []reason{reasonNoBackend, reasonMaxConnections, reasonMaxConnectionsPerClient, reasonError, reasonClientClosed, reasonClientReset, reasonDrainTimeout}
 )
 
 // Describe implements prometheus.Collector.
@@ -150,6 +150,7 @@ func (m *emitter) source(lb string, s discovery.Status) {
 func (m *emitter) unserved(p *pool) {
 	m.counter(descErrors, p.closed[reasonNoBackend].Load(), reasonNoBackend.String())
 	m.counter(descErrors, p.closed[reasonMaxConnections].Load(), reasonMaxConnections.String())
+	m.counter(descErrors, p.closed[reasonMaxConnectionsPerClient].Load(), reasonMaxConnectionsPerClient.String())
 	for _, why := range unservedReasons {
 		m.counter(descClosed, p.closed[why].Load(), why.String())
 	}

@@ -76,6 +76,8 @@ var meantOptions = map[string]string{
 	"unhealthy_latency": meantPassive, "observe": meantPassive, "on_marked_down": "close_if_unhealthy", "shutdown_sessions": "close_if_unhealthy", "health_initially_down": "health_initially_unhealthy", "initially_unhealthy": "health_initially_unhealthy",
 
 	"maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections", "max_clients": "max_connections", "limit": "max_connections",
+	"max_connections_per_ip": "max_connections_per_client", "max_conns_per_client": "max_connections_per_client", "max_connections_per_source": "max_connections_per_client", "limit_conn": "max_connections_per_client",
+	"maxconn_per_client": "max_connections_per_client", "conn_limit": "max_connections_per_client", "connection_limit": "max_connections_per_client",
 	"unhealthy_connection_count": meantLimit, "unhealthy_request_count": meantLimit,
 	"connect_timeout": "dial_timeout", "proxy_connect_timeout": "dial_timeout", "timeout_connect": "dial_timeout",
 	"proxy_timeout": "idle_timeout", "read_timeout": "idle_timeout", "write_timeout": "idle_timeout", "client_timeout": "idle_timeout",
@@ -94,7 +96,7 @@ var meantOptions = map[string]string{
 // meantOfBackend is meantOptions for a backend's block.
 var meantOfBackend = map[string]string{
 	"down": "take the backend out of the config, and reload", "maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections",
-	"max_requests": "max_connections", "limit": "max_connections", "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
+	"max_requests": "max_connections", "limit": "max_connections", "max_connections_per_client": "it counts a client's connections to all backends: write it outside of this block", "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
 	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
 	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
 }

@@ -43,6 +43,12 @@ type Handler struct {
 	// ones are closed. Default and 0: as many as the process may have files for,
 	// at 2 a connection less a reserve, over all pools. That bound always holds.
 	MaxConnections int `json:"max_connections,omitempty"`
+	// MaxConnectionsPerClient is how many connections of the pool one client has at
+	// once, those among them that wait for a backend; further ones are closed. A client
+	// is an IPv4 address or the first 64 bits of an IPv6 address, that of a PROXY header
+	// where a handler in front has read one. Clients of a Unix socket have no limit.
+	// Default: 0, which is no limit.
+	MaxConnectionsPerClient int `json:"max_connections_per_client,omitempty"`
 	// CloseIfUnhealthy cuts the connections of a backend that checks have found
 	// down, this long after. Default: they go on; 0 = they are cut at once.
 	CloseIfUnhealthy *caddy.Duration `json:"close_if_unhealthy,omitempty"`

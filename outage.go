@@ -124,6 +124,7 @@ func (p *pool) logEnd(t totals) {
 		zap.Uint64("cut_by_drain_timeout", t.cut+p.closed[reasonDrainTimeout].Load()),
 		zap.Uint64("no_backend", p.closed[reasonNoBackend].Load()),
 		zap.Uint64("max_connections", p.closed[reasonMaxConnections].Load()),
+		zap.Uint64("max_connections_per_client", p.closed[reasonMaxConnectionsPerClient].Load()),
 		zap.Uint64("received_bytes", t.received),
 		zap.Uint64("sent_bytes", t.sent))
 }

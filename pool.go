@@ -30,6 +30,9 @@ type pool struct {
 	refusals, overLimit, overFiles notice.Notice
 	overPlaces, staying            notice.Notice
 
+	clients     clients // what each of them has of active
+	overClients notice.Notice
+
 	waiters waiters
 	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd
 	// drainEnd is when the drain timeout ends, once no config has the pool, in Unix

@@ -24,6 +24,8 @@ const (
 	reasonBackendClosedEarly                                   // the backend closed first, at once and before it had sent a byte
 	reasonKilled                                               // cut by hand
 	reasonBackendDown                                          // cut as the checks found the backend down
+
+	reasonMaxConnectionsPerClient // over the limit of one client
 	numReasons
 )
 
@@ -41,6 +43,8 @@ var reasonNames = [numReasons]string{
 	reasonBackendClosedEarly: "backend_closed_early",
 	reasonKilled:             "killed",
 	reasonBackendDown:        "backend_down",
+
+	reasonMaxConnectionsPerClient: "max_connections_per_client",
 }
 
 func (r reason) String() string { return reasonNames[r] }

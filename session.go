@@ -24,6 +24,7 @@ type session struct {
 	// client is what the handler was called with, or the accepted connection
 	// inside it where that was taken over.
 	client    net.Conn
+	of        clientKey   // whose it is
 	leavePool func()      // nil: it was not admitted
 	link                  // to the backend, once it has one
 	relay     relay.Relay // nil: it never had a backend
@@ -65,11 +66,11 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 		}
 	}()
 	s.from = cx.RemoteAddr()
-	if s.leavePool, ok = g.admit(cx); !ok {
-		s.why = reasonMaxConnections
+	find := search{pool: s.pool, request: Request{client: s.from, cx: cx}, began: s.began}
+	s.of = clientKeyOf(find.request.Client().Addr())
+	if s.leavePool, s.why = g.admit(cx, s.of); s.why != reasonNone {
 		return false
 	}
-	find := search{pool: s.pool, request: Request{client: s.from, cx: cx}, began: s.began}
 	find.waiter.client, find.waiter.silent = cx, isBare(cx.Conn) && len(cx.MatchingBytes()) == 0
 	g, s.err = find.find(g)
 	s.link = find.link
@@ -135,6 +136,9 @@ func (s *session) finish() {
 	}()
 	if s.release != nil {
 		defer s.release()
+	}
+	if s.leavePool != nil {
+		s.pool.clients.leave(s.of) // before its client can come again
 	}
 	s.contain(s.closeBackend)
 	s.contain(s.closeClient)
@@ -262,8 +266,24 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 	to.Log(level, "connection", fields...)
 }
 
-// admit counts the connection against the limits.
-func (g *generation) admit(cx *layer4.Connection) (release func(), ok bool) {
+// admit counts the connection against the limits, first of all the client's own:
+// who is over that takes no place of others. why is the reason for a refusal. What
+// it counts for the client finish takes back.
+func (g *generation) admit(cx *layer4.Connection, client clientKey) (release func(), why reason) {
+	p := g.pool
+	if !p.clients.enterSoon(client, g.clientLimit) {
+		p.clients.refused.Store(&client)
+		p.overClients.Add(p.warnOfClients)
+		return nil, reasonMaxConnectionsPerClient
+	}
+	if release, ok := g.admitToPool(cx); ok {
+		return release, reasonNone
+	}
+	p.clients.leave(client)
+	return nil, reasonMaxConnections
+}
+
+func (g *generation) admitToPool(cx *layer4.Connection) (release func(), ok bool) {
 	p := g.pool
 	if n := p.active.Add(1); g.limit > 0 && n > g.limit {
 		p.leave()
@@ -293,6 +313,13 @@ func (p *pool) warnOfLimit(clients uint64) {
 	to := p.voice.Load()
 	to.logger.Warn("connection limit reached, closing new connections",
 		zap.String("lb", p.name), zap.Int64("max_connections", to.limit), zap.Uint64("clients", clients))
+}
+
+// warnOfClients names one of them.
+func (p *pool) warnOfClients(connections uint64) {
+	to := p.voice.Load()
+	to.logger.Warn("a client has its limit of connections, closing new ones", zap.String("lb", p.name),
+		zap.Stringer("client", p.clients.refused.Load()), zap.Int64("max_connections_per_client", to.clientLimit), zap.Uint64("connections", connections))
 }
 
 func (p *pool) warnOfFiles(clients uint64) {

@@ -167,7 +167,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		dialTimeout:  time.Duration(h.DialTimeout),
 		idleTimeout:  time.Duration(*h.IdleTimeout),
 		drainTimeout: time.Duration(*h.DrainTimeout),
-		voice:        voice{accessLog: h.AccessLog, limit: int64(h.MaxConnections)},
+		voice:        voice{accessLog: h.AccessLog, limit: int64(h.MaxConnections), clientLimit: int64(h.MaxConnectionsPerClient)},
 		ctx:          ctx,
 		dial:         dialTarget,
 		started:      make(chan struct{}),

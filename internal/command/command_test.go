@@ -96,7 +96,7 @@ func caddyRun(t *testing.T, args ...string) (out string, code int, err error) {
 }
 
 const somePools = `[
-	{"lb":"db","backends":1,"available":0,"draining":0,"active":0,"waiting":3,"connections_total":0,"errors_total":12,"retries_total":0,"no_backend":4,"max_connections":1,"received_bytes":0,"sent_bytes":0},
+	{"lb":"db","backends":1,"available":0,"draining":0,"active":0,"waiting":3,"connections_total":0,"errors_total":12,"retries_total":0,"no_backend":4,"max_connections":1,"max_connections_per_client":2,"received_bytes":0,"sent_bytes":0},
 	{"lb":"web","backends":3,"available":2,"draining":1,"active":1200,"waiting":0,"connections_total":1234567,"errors_total":3,"retries_total":3,"no_backend":0,"max_connections":0,"received_bytes":123456789,"sent_bytes":98765432101}]`
 
 const someBackends = `[
@@ -111,7 +111,7 @@ func TestStatus(t *testing.T) {
 	require.Equal(t, exitNotReady, code)
 	require.Equal(t, strings.TrimPrefix(`
 LB   AVAILABLE  OPEN  WAITING  TOTAL  ERRORS  RETRIES  TURNED AWAY  RECEIVED   SENT
-db   0 of 1        0        3      0      12        0            5       0 B    0 B
+db   0 of 1        0        3      0      12        0            7       0 B    0 B
 web  2 of 3     1200        0   1.2M       3        3            0    123 MB  99 GB
 
 LB   BACKEND                     HEALTH     STATE  WEIGHT  OPEN  TOTAL  ERRORS  RECEIVED    SENT  LAST ERROR

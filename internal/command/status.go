@@ -48,6 +48,7 @@ type pool struct {
 	RetriesTotal     uint64 `json:"retries_total"`
 	NoBackend        uint64 `json:"no_backend"`
 	MaxConnections   uint64 `json:"max_connections"`
+	OverClientLimit  uint64 `json:"max_connections_per_client"`
 	ReceivedBytes    uint64 `json:"received_bytes"`
 	SentBytes        uint64 `json:"sent_bytes"`
 
@@ -140,7 +141,7 @@ func writePools(w io.Writer, pools []pool) error {
 	for _, p := range pools {
 		rows = append(rows, []string{
 			p.LB, fmt.Sprintf("%d of %d", p.Available, p.Backends), count(p.Active), count(uint64(max(p.Waiting, 0))), count(p.ConnectionsTotal),
-			count(p.ErrorsTotal), count(p.RetriesTotal), count(p.NoBackend + p.MaxConnections), size(p.ReceivedBytes), size(p.SentBytes),
+			count(p.ErrorsTotal), count(p.RetriesTotal), count(p.NoBackend + p.MaxConnections + p.OverClientLimit), size(p.ReceivedBytes), size(p.SentBytes),
 		})
 	}
 	return writeTable(w, poolColumns, rows, false)
