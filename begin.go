@@ -44,6 +44,10 @@ func (g *generation) logPool(message string) {
 	if len(g.sources) > 0 {
 		sources = zap.Strings("sources", g.sourceNames())
 	}
+	lifetime := zap.Skip()
+	if limit := g.lifetime.limit; limit > 0 {
+		lifetime = zap.Duration("max_lifetime", limit)
+	}
 	g.logger.Info(message,
 		zap.String("lb", g.name),
 		zap.Int("backends", len(members)),
@@ -58,6 +62,7 @@ func (g *generation) logPool(message string) {
 		unlessZero("max_connections_per_client", g.clientLimit),
 		zap.Duration("dial_timeout", g.dialTimeout),
 		zap.Duration("idle_timeout", g.idleTimeout),
+		lifetime,
 		zap.Duration("drain_timeout", g.drainTimeout))
 }
 

@@ -56,6 +56,7 @@ import (
 //		max_connections_per_client <number>
 //		dial_timeout <duration>
 //		idle_timeout <duration>
+//		max_lifetime <duration> [<percent>%]
 //		drain_timeout <duration>
 //		access_log
 //	}

@@ -255,6 +255,7 @@ var validOptions = map[string]string{
 	"access_log":            "",
 
 	"max_connections_per_client":      "20",
+	"max_lifetime":                    "1h",
 	"health_follow_redirects":         "",
 	"health_initially_unhealthy":      "",
 	"close_if_unhealthy":              "10s",
@@ -285,11 +286,11 @@ var (
 var (
 	durationOptions = []string{
 		"lb_try_duration", "lb_try_interval", "lb_slow_start", "health_interval", "health_fast_interval", "health_timeout",
-		"dial_timeout", "idle_timeout", "drain_timeout", "fail_duration", "close_if_unhealthy",
+		"dial_timeout", "idle_timeout", "drain_timeout", "fail_duration", "close_if_unhealthy", "max_lifetime",
 	}
 	// nonzeroDurations can't be 0: they would have a probe or a try without end.
 	nonzeroDurations = []string{"lb_try_interval", "health_interval", "health_fast_interval", "health_timeout", "dial_timeout"}
-	numberOptions    = []string{"lb_retries", "health_passes", "health_fails", "health_port", "max_connections", "max_fails"}
+	numberOptions    = []string{"lb_retries", "health_passes", "health_fails", "health_port", "max_connections", "max_connections_per_client", "max_fails"}
 )
 
 // TestCaddyfileRefusesOfEveryOption has the mistakes that each option can have.

@@ -159,6 +159,10 @@ func requireInRange(t testing.TB, h *Handler) {
 	number("max_connections_per_client", h.MaxConnectionsPerClient, 0, 1<<31-1)
 	atLeast("dial_timeout", h.DialTimeout, time.Millisecond)
 	atLeast("idle_timeout", *h.IdleTimeout, 0)
+	atLeast("max_lifetime", h.MaxLifetime, 0)
+	if require.Equal(t, h.MaxLifetime != 0, h.MaxLifetimeSpread != nil); h.MaxLifetimeSpread != nil {
+		number("max_lifetime_spread", *h.MaxLifetimeSpread, 0, 50)
+	}
 	atLeast("drain_timeout", *h.DrainTimeout, 0)
 }
 

@@ -30,6 +30,7 @@ type generation struct {
 	closeAfter   *time.Duration // what connections get once their backend is down; nil = they go on
 	dialTimeout  time.Duration
 	idleTimeout  time.Duration // 0 = never
+	lifetime     lifetime
 	drainTimeout time.Duration
 	slowStart    time.Duration // 0 = none
 

@@ -197,6 +197,9 @@ func (m *emitter) counters(b *Backend) {
 	for _, why := range backendClosedReasons {
 		m.counter(descClosed, closed[why], why.String())
 	}
+	if n := closed[reasonMaxLifetime]; n > 0 || b.aging.Load() {
+		m.counter(descClosed, n, reasonMaxLifetime.String())
+	}
 	m.histogram(descDuration, &s.duration)
 	m.histogram(descDialDuration, &s.dialTime)
 	m.counter(descRetries, s.retries.Load())

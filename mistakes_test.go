@@ -16,6 +16,8 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"max_connection 5":        `unknown option "max_connection": did you mean max_connections? (there are access_log, backend, close_if_unhealthy, `,
 		"maxconn 5":               "did you mean max_connections?",
 		"limit_conn 5":            "did you mean max_connections_per_client?",
+		"max_age 1h":              "did you mean max_lifetime?",
+		"max_lifetime_spread 5":   "write max_lifetime <duration> <percent>%",
 		"to a:1":                  `unknown option "to": write backend <address>`,
 		"upstream a:1":            "write backend <address>",
 		"dial a:1":                "write backend <address>",

@@ -58,6 +58,13 @@ type Handler struct {
 	// IdleTimeout ends a connection after this time without a byte either way,
 	// or an eighth of it later at most. Default: 1h; 0 = never.
 	IdleTimeout *caddy.Duration `json:"idle_timeout,omitempty"`
+	// MaxLifetime ends a connection at this age, counted from when it had its backend.
+	// Default: 0, which is never.
+	MaxLifetime caddy.Duration `json:"max_lifetime,omitempty"`
+	// MaxLifetimeSpread is by how many percent that is less or more, at random for each
+	// connection: those that began together, as after a restart, should not end together.
+	// Default: 10; 0 = not at all. It is at most 50.
+	MaxLifetimeSpread *int `json:"max_lifetime_spread,omitempty"`
 	// DrainTimeout is how long open connections may go on when the process exits
 	// or their backend has left the config. Default: 30s; 0 = they are cut at once.
 	DrainTimeout *caddy.Duration `json:"drain_timeout,omitempty"`

@@ -52,7 +52,7 @@ func paths[T any](t testing.TB, options []option[T]) (list []string) {
 // A field that has no row is never checked, filled in, compared or documented.
 func TestEveryFieldIsAnOption(t *testing.T) {
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[Handler](), ""),
-		append(paths(t, handlerOptions), "health_checks.active.disabled"), "beside what health_interval off is")
+		append(paths(t, handlerOptions), "health_checks.active.disabled", "max_lifetime_spread"), "beside what health_interval off is, and what follows max_lifetime")
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[BackendConfig](), ""),
 		append(paths(t, backendOptions), "address"), "beside what stands before the block")
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[App](), ""), paths(t, globalOptions))

@@ -15,6 +15,7 @@ const (
 	reasonBackendReset  = reason(relay.BackendReset)
 	reasonIdleTimeout   = reason(relay.IdleTimeout)
 	reasonError         = reason(relay.Error)
+	reasonMaxLifetime   = reason(relay.LifetimeOver)
 )
 
 const (
@@ -44,6 +45,7 @@ var reasonNames = [numReasons]string{
 	reasonKilled:             "killed",
 	reasonBackendDown:        "backend_down",
 
+	reasonMaxLifetime:             "max_lifetime",
 	reasonMaxConnectionsPerClient: "max_connections_per_client",
 }
 

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"runtime/debug"
 	"time"
@@ -90,6 +91,7 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 func (s *session) prepare(g *generation, cx *layer4.Connection) {
 	o := relay.Options{
 		IdleTimeout: g.idleTimeout,
+		Lifetime:    g.lifetime.draw(rand.Float64()),
 		First:       prefetched(cx),
 		Up:          &s.backend.stats.received,
 		Down:        &s.backend.stats.sent,

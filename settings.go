@@ -166,6 +166,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		closeAfter:   (*time.Duration)(h.CloseIfUnhealthy),
 		dialTimeout:  time.Duration(h.DialTimeout),
 		idleTimeout:  time.Duration(*h.IdleTimeout),
+		lifetime:     h.lifetime(),
 		drainTimeout: time.Duration(*h.DrainTimeout),
 		voice:        voice{accessLog: h.AccessLog, limit: int64(h.MaxConnections), clientLimit: int64(h.MaxConnectionsPerClient)},
 		ctx:          ctx,

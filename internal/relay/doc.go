@@ -38,6 +38,7 @@ type Relay interface {
 // Options of a relay.
 type Options struct {
 	IdleTimeout time.Duration // it ends when no byte has moved for so long; 0 = never
+	Lifetime    time.Duration // it ends at this age, whatever moves; 0 = never
 	First       []byte        // were read from the client before, and go first
 	// Up and Down get what is delivered to the backend and to the client added,
 	// live, beside the relay's own count.

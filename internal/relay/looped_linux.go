@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -20,6 +21,7 @@ type Looped struct {
 	up, down        loopedWay // client to backend, and back
 
 	idleTimeout time.Duration // 0 = never
+	lifetime    time.Duration // likewise
 	onPanic     func(value any, stack []byte)
 	ended       func()
 	delivery    *loopedDelivery // nil: none is awaited
@@ -85,6 +87,7 @@ func NewLoopedOn(l *loop.Loop, client, backend int, o Options) *Looped {
 		client:      loopedSide{fd: int32(client), closed: ClientClosed, reset: ClientReset},
 		backend:     loopedSide{fd: int32(backend), closed: BackendClosed, reset: BackendReset},
 		idleTimeout: o.IdleTimeout,
+		lifetime:    o.Lifetime,
 		onPanic:     o.OnPanic,
 		began:       l.Clock(),
 	}
@@ -312,20 +315,25 @@ func (d *loopedDelivery) done(r *Looped, now int64) bool {
 	return last && left == 0 || now-d.progressed >= int64(deliveryPatience) || now-d.began >= int64(deliveryLimit)
 }
 
-// setTimer sets it for what comes next: a look at a delivery, the keepalive or
-// the end of an idle connection.
+// setTimer sets it for what comes next: a look at a delivery, the keepalive, or the
+// end of an idle connection, or of an old one.
 func (r *Looped) setTimer() {
-	switch {
-	case r.delivery != nil:
+	if r.delivery != nil {
 		r.loop.SetTimer(r.ref, r.loop.Now()+r.delivery.pause)
-	case r.idleTimeout > 0:
-		at := r.lastMoved.Load() + int64(r.idleTimeout)
-		if !r.keepsAlive {
-			at = min(at, r.began+int64(keepAliveAfter))
-		}
+		return
+	}
+	at := int64(math.MaxInt64)
+	if r.idleTimeout > 0 {
+		at = r.lastMoved.Load() + int64(r.idleTimeout)
+	}
+	if r.lifetime > 0 {
+		at = min(at, r.began+int64(r.lifetime))
+	}
+	if !r.keepsAlive {
+		at = min(at, r.began+int64(keepAliveAfter))
+	}
+	if at < math.MaxInt64 {
 		r.loop.SetTimer(r.ref, at)
-	case !r.keepsAlive:
-		r.loop.SetTimer(r.ref, r.began+int64(keepAliveAfter))
 	}
 }
 
@@ -338,6 +346,10 @@ func (r *Looped) Expired() {
 		return
 	case r.idleTimeout > 0 && now-r.lastMoved.Load() >= int64(r.idleTimeout):
 		r.conclude(IdleTimeout)
+		r.sever()
+		return
+	case r.lifetime > 0 && now-r.began >= int64(r.lifetime):
+		r.conclude(LifetimeOver)
 		r.sever()
 		return
 	case !r.keepsAlive && now-r.began >= int64(keepAliveAfter):

@@ -224,6 +224,26 @@ func TestLoopedIdleTimeCountsFromTheLastByte(t *testing.T) {
 	require.Equal(t, IdleTimeout, r.reason(t))
 }
 
+// One that is busy all the time ends at its age, and not before.
+func TestLoopedLifetimeIsAnAge(t *testing.T) {
+	k := onLoop
+	k.lifetime = time.Hour
+	r := k.start(t, time.Hour)
+	looped := r.relay.(*Looped)
+	passes := func(d time.Duration) {
+		looped.on(t, func() {
+			looped.began -= int64(d)
+			looped.Expired()
+		})
+	}
+	passes(59 * time.Minute)
+	write(t, r.client, "x")
+	expect(t, r.backend, "x")
+	require.Equal(t, None, looped.Reason())
+	passes(time.Minute)
+	require.Equal(t, LifetimeOver, r.reason(t))
+}
+
 // A receiver that takes none of what was sent before a reset has its time, and no
 // more than that.
 func TestLoopedDeliveryIsGivenUp(t *testing.T) {

@@ -12,6 +12,7 @@ const (
 	ClientReset                 // the client reset the connection, or was lost
 	BackendReset                // the backend reset the connection, or was lost
 	IdleTimeout                 // no byte either way for the idle timeout
+	LifetimeOver                // it has reached its lifetime
 	Error                       // anything else: a TLS error, a panic
 	OwnReasons                  // those from here on mean what the caller of Cut says
 )

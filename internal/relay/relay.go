@@ -26,6 +26,7 @@ type Pair struct {
 	// One timer looks now and then whether bytes have moved, so that moving them
 	// costs no look at the clock.
 	idleTimeout time.Duration // 0 = never
+	endsAt      time.Time     // at the latest; zero = never
 	timerMu     sync.Mutex
 	timer       *time.Timer // guarded by timerMu, as idle
 	idle        idleTime
@@ -51,9 +52,13 @@ var (
 	errDestination = errors.New("destination")
 )
 
-// New prepares a relay between two connections. Idle time begins here.
+// New prepares a relay between two connections. Idle time and lifetime begin here.
 func New(client, backend net.Conn, o Options) *Pair {
-	r := &Pair{onPanic: o.OnPanic, idleTimeout: o.IdleTimeout, idle: idleTime{since: time.Now()}}
+	now := time.Now()
+	r := &Pair{onPanic: o.OnPanic, idleTimeout: o.IdleTimeout, idle: idleTime{since: now}}
+	if o.Lifetime > 0 {
+		r.endsAt = now.Add(o.Lifetime)
+	}
 	r.running.Store(2)
 	r.client.init(client, ClientClosed, ClientReset)
 	r.backend.init(backend, BackendClosed, BackendReset)
@@ -83,7 +88,7 @@ func (r *Pair) Run() Reason {
 func (r *Pair) begin(ended func()) {
 	r.ended = ended
 	r.timerMu.Lock()
-	r.timer = time.AfterFunc(period(r.idleTimeout), r.onTimer)
+	r.timer = time.AfterFunc(r.untilLook(), r.onTimer)
 	r.timerMu.Unlock()
 }
 
@@ -250,10 +255,23 @@ func (r *Pair) closeBoth() {
 	r.client.close()
 }
 
-// onTimer ends the connection if it was idle for too long.
+// untilLook is when the timer has to look again.
+func (r *Pair) untilLook() time.Duration {
+	d := period(r.idleTimeout)
+	if !r.endsAt.IsZero() {
+		d = min(d, max(0, time.Until(r.endsAt)))
+	}
+	return d
+}
+
+// onTimer ends the connection if it was idle for too long, or is too old.
 func (r *Pair) onTimer() {
 	if idle := r.Idle(); r.idleTimeout > 0 && idle >= r.idleTimeout {
 		r.Cut(IdleTimeout)
+		return
+	}
+	if !r.endsAt.IsZero() && !time.Now().Before(r.endsAt) {
+		r.Cut(LifetimeOver)
 		return
 	}
 	if c, ok := r.backend.base.(*net.TCPConn); ok && !r.keepsAlive {
@@ -265,7 +283,7 @@ func (r *Pair) onTimer() {
 	r.timerMu.Lock()
 	defer r.timerMu.Unlock()
 	if r.running.Load() > 0 {
-		r.timer.Reset(period(r.idleTimeout))
+		r.timer.Reset(r.untilLook())
 	}
 }
 

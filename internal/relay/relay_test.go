@@ -31,6 +31,8 @@ type kind struct {
 	wrap func(net.Conn) net.Conn // nil: bare
 	// looped makes a relay on a loop, and takes the sockets over; nil: it is a Pair.
 	looped func(t testing.TB, client, backend net.Conn, o Options) Relay
+
+	lifetime time.Duration // of its relays
 }
 
 // kinds are those that behave alike. Where there are loops, there is one more.
@@ -81,6 +83,7 @@ func (k kind) between(t testing.TB, r *relayed, nearClient, nearBackend net.Conn
 	t.Helper()
 	o := Options{
 		IdleTimeout: idle,
+		Lifetime:    k.lifetime,
 		Up:          &r.received,
 		Down:        &r.sent,
 		OnPanic:     func(v any, stack []byte) { t.Errorf("panic: %v\n%s", v, stack) },
