@@ -58,7 +58,10 @@ import (
 //		idle_timeout <duration>
 //		max_lifetime <duration> [<percent>%]
 //		drain_timeout <duration>
-//		access_log
+//		access_log [{
+//			connects
+//			interval <duration>
+//		}]
 //	}
 //
 // Every error names the option, its value, the file and the line.

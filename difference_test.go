@@ -77,6 +77,8 @@ func TestFirstDifference(t *testing.T) {
 		"access_log":              "access_log is off in one and on in the other",
 		"backend b:80":            `only one has the backend "b:80"`,
 
+		"access_log {\n\t\t\t\t\t\tconnects\n\t\t\t\t\t}":     "access_log is off in one and on, connects in the other",
+		"access_log {\n\t\t\t\t\t\tinterval 60s\n\t\t\t\t\t}": "access_log is off in one and on, interval 1m in the other",
 		"max_lifetime 1h":              "max_lifetime is none in one and 1h 10% in the other",
 		"max_lifetime 90m 0%":          "max_lifetime is none in one and 1h30m 0% in the other",
 		"max_connections_per_client 5": "max_connections_per_client is not set in one and 5 in the other",

@@ -6,10 +6,13 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 )
 
 // fenced returns the blocks of a document that are fenced as of the language.
@@ -66,20 +69,25 @@ func keysOf(set map[string]bool) (list []string) {
 	return list
 }
 
-// TestLogBlock has lines go where the documentation says.
-func TestLogBlock(t *testing.T) {
-	noPoolsYet(t)
-	blocks := fenced(t, "docs/logs.md", "")
-	require.Len(t, blocks, 1)
-	dir := t.TempDir()
-	text := strings.ReplaceAll(blocks[0], "/var/log/caddy/", dir+"/")
+// runLogBlock runs one of the documentation's global options, whose files are in the
+// directory, and returns what its pool logs by.
+func runLogBlock(t testing.TB, dir string, block int) *zap.Logger {
+	t.Helper()
+	blocks := slices.DeleteFunc(fenced(t, "docs/logs.md", ""), func(b string) bool { return !strings.HasPrefix(b, "{") })
+	text := strings.ReplaceAll(blocks[block], "/var/log/caddy/", dir+"/")
 	text = strings.TrimSuffix(strings.TrimSpace(text), "}")
 	// The default log is told apart by where it goes.
 	text = replaceOnce(t, text, "log default {\n", "log default {\n\t\toutput file "+dir+"/default.log\n")
 	config, err := adapt(t, text+fmt.Sprintf("\tadmin off\n\tpersist_config off\n\tlayer4 {\n\t\t%s {\n\t\t\troute {\n\t\t\t\ttcp_lb 127.0.0.1:1 {\n\t\t\t\t\thealth_interval off\n\t\t\t\t}\n\t\t\t}\n\t\t}\n\t}\n}\n", freeAddress(t)))
 	require.NoError(t, err)
 	runCaddy(t, config)
-	logger := registry.newest(defaultName).logger
+	return registry.newest(defaultName).logger
+}
+
+// TestLogBlock has lines go where the documentation says.
+func TestLogBlock(t *testing.T) {
+	dir := t.TempDir()
+	logger := runLogBlock(t, dir, 0)
 	for _, pool := range []string{"web", "db"} {
 		logger.Named("access").Named(pool).Info(pool + " well")
 		logger.Named("access").Named(pool).Warn(pool + " failed")
@@ -99,6 +107,27 @@ func TestLogBlock(t *testing.T) {
 	require.Contains(t, content, "backend is down")
 	require.NotContains(t, content, "well")
 	require.NotContains(t, content, "failed")
+}
+
+// TestLogSampling has as many lines kept as the documentation says.
+func TestLogSampling(t *testing.T) {
+	dir := t.TempDir()
+	logger := runLogBlock(t, dir, 1)
+	const lines = 1000
+	began := time.Now()
+	for i := range lines {
+		logger.Named("access").Named([]string{"web", "db"}[i%2]).Info("connection")
+	}
+	seconds := int(time.Since(began)/time.Second) + 2 // that these may fall into
+	logger.Named("access").Named("web").Warn("connection")
+	logger.Info("backend is up")
+	content := readFile(t, filepath.Join(dir, "tcp_lb.log"))
+	kept := strings.Count(content, `"level":"info"`)
+	require.GreaterOrEqual(t, kept, 100)
+	require.LessOrEqual(t, kept, 100*seconds+lines/50)
+	require.Less(t, kept, lines)
+	require.Equal(t, 1, strings.Count(content, `"level":"warn"`), "failures have their own share")
+	require.Contains(t, readFile(t, filepath.Join(dir, "default.log")), "backend is up")
 }
 
 // A client that waits for its server's greeting is closed by a matcher that

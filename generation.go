@@ -89,8 +89,10 @@ func (g *generation) members() []enrolled {
 type voice struct {
 	logger, access *zap.Logger
 	accessLog      bool
+	logConnects    bool
 	limit          int64 // connections; 0 = the process's
 	clientLimit    int64 // connections of one client; 0 = none
+	logInterval    time.Duration
 }
 
 // setLogger gives the access log of each pool a name of its own, by which Caddy's

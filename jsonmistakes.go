@@ -164,6 +164,8 @@ func wanted(path string, raw json.RawMessage, t reflect.Type) string {
 		return `want an object such as {"Host":["db.internal"]}`
 	case t == reflect.TypeFor[[]json.RawMessage]():
 		return "want a list such as " + exampleSources
+	case t.Kind() == reflect.Bool && path == "access_log" && raw[0] == '{':
+		return "want true or false; access_log_connects and access_log_interval stand beside it"
 	case t.Kind() == reflect.Bool:
 		return "want true or false"
 	case t.Kind() == reflect.Int && text != "":

@@ -212,7 +212,7 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		`"backends":["a:80"]`:                                          `backends[0]: want an object such as {"address":"host:port"}, found "a:80"`,
 		`"backends":"a:80"`:                                            `backends: want a list such as [{"address":"host:port"}], found "a:80"`,
 		`"backends":{"address":"a:80"}`:                                `backends: want a list`,
-		`"backend":[{"address":"a:80"}]`:                               `unknown field "backend": did you mean backends? (there are access_log, backends, `,
+		`"backend":[{"address":"a:80"}]`:                               `unknown field "backend": did you mean backends? (there are access_log, access_log_connects, `,
 		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, health_port, max_connections, weight)`,
 		`"backends":[{"address":"a:80","weight":"3"}]`:                 `backends[0].weight "3": want a number, without quotes`,
 		`"backends":[{"address":"a:80","wieght":3}]`:                   `backends[0]: unknown field "wieght": did you mean weight?`,

@@ -70,6 +70,11 @@ type Handler struct {
 	DrainTimeout *caddy.Duration `json:"drain_timeout,omitempty"`
 	// AccessLog writes one line for each finished connection.
 	AccessLog bool `json:"access_log,omitempty"`
+	// AccessLogConnects adds one when a connection has its backend.
+	AccessLogConnects bool `json:"access_log_connects,omitempty"`
+	// AccessLogInterval adds one so often while it is open. Default: 0, which is none;
+	// 1s at least.
+	AccessLogInterval caddy.Duration `json:"access_log_interval,omitempty"`
 
 	generation *generation
 }

@@ -112,9 +112,9 @@ func init() {
 		{spec{name: "drain_timeout", values: "<duration>", path: "drain_timeout", zero: "at once",
 			help: "what open connections get on exit, or when their backend leaves the config, before they are cut"},
 			asDuration(0, defaultDrainTimeout, optional(func(h *Handler) **caddy.Duration { return &h.DrainTimeout }))},
-		{spec{name: "access_log", path: "access_log", aside: "Caddy's global option log says where its lines go",
+		{spec{name: "access_log", values: "[{ ... }]", path: "access_log", unset: "off", aside: "Caddy's global option log says where its lines go",
 			help: "one line for each finished connection, WARN if it failed, else INFO; see [docs/logs.md](docs/logs.md)"},
-			asFlag(func(h *Handler) *bool { return &h.AccessLog })},
+			asAccessLog()},
 	}...)
 
 	backendOptions = []option[BackendConfig]{
@@ -162,8 +162,10 @@ func specAt(path string) spec {
 	if _, inBackend, ok := strings.Cut(path, "]."); ok {
 		return atPath(backendOptions, inBackend)
 	}
-	if s := atPath(handlerOptions, path); s.name != "" {
-		return s
+	for _, list := range [][]option[Handler]{handlerOptions, accessLogOptions} {
+		if s := atPath(list, path); s.name != "" {
+			return s
+		}
 	}
 	return atPath(globalOptions, path)
 }

@@ -52,7 +52,7 @@ func paths[T any](t testing.TB, options []option[T]) (list []string) {
 // A field that has no row is never checked, filled in, compared or documented.
 func TestEveryFieldIsAnOption(t *testing.T) {
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[Handler](), ""),
-		append(paths(t, handlerOptions), "health_checks.active.disabled", "max_lifetime_spread"), "beside what health_interval off is, and what follows max_lifetime")
+		append(paths(t, handlerOptions), "health_checks.active.disabled", "max_lifetime_spread", "access_log_connects", "access_log_interval"), "beside what health_interval off is, what follows max_lifetime, and what is in the block of access_log")
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[BackendConfig](), ""),
 		append(paths(t, backendOptions), "address"), "beside what stands before the block")
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[App](), ""), paths(t, globalOptions))
@@ -152,6 +152,7 @@ func nowhere() *caddyfile.Dispenser {
 func TestDefaultsOfOptions(t *testing.T) {
 	requireSound(t, handlerOptions, func() Handler { return Handler{Backends: []BackendConfig{{Address: "a:80", Weight: new(1)}}} })
 	requireSound(t, backendOptions, func() BackendConfig { return BackendConfig{} })
+	requireSound(t, accessLogOptions, func() Handler { return Handler{AccessLog: true} })
 	requireSound(t, globalOptions, func() App { return App{} })
 }
 
@@ -184,6 +185,7 @@ func TestReadmeHasTheOptions(t *testing.T) {
 		{"| option | default | JSON | meaning |\n|---|---|---|---|\n",
 			append([]string{"| `<address>...` after `tcp_lb` | | `backends` | backends of weight 1 |"}, documented(handlerOptions)...)},
 		{"| in a backend's block | default | JSON | meaning |\n|---|---|---|---|\n", documented(backendOptions)},
+		{"| in the block of `access_log` | default | JSON | meaning |\n|---|---|---|---|\n", documented(accessLogOptions)},
 		{"| global option | default | JSON | meaning |\n|---|---|---|---|\n", documented(globalOptions)},
 	} {
 		before, after, ok := strings.Cut(readme, c.header)
@@ -204,9 +206,12 @@ func TestReadmeHasTheOptions(t *testing.T) {
 func usage[T any](options []option[T], indent string) string {
 	var b strings.Builder
 	for _, o := range options {
-		b.WriteString(indent + strings.TrimSpace(o.name+" "+o.values))
+		b.WriteString(indent + strings.TrimSpace(o.name+" "+strings.TrimSuffix(o.values, "[{ ... }]")))
 		if o.name == "backend" {
 			b.WriteString(" [{\n" + usage(backendOptions, indent+"\t") + indent + "}]")
+		}
+		if o.name == "access_log" {
+			b.WriteString(" [{\n" + usage(accessLogOptions, indent+"\t") + indent + "}]")
 		}
 		b.WriteString("\n")
 	}

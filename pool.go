@@ -32,6 +32,7 @@ type pool struct {
 
 	clients     clients // what each of them has of active
 	overClients notice.Notice
+	sweep       sweep
 
 	waiters waiters
 	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd
@@ -184,10 +185,12 @@ func (r *poolRegistry) stop(g *generation) {
 func (p *pool) setNewestLocked(g *generation) {
 	p.newest.Store(g)
 	if g == nil {
+		p.sweep.setLocked(p, 0)
 		return
 	}
 	v := g.voice // a copy: a pointer into g would keep all of it
 	p.voice.Store(&v)
+	p.sweep.setLocked(p, v.logInterval)
 	p.drainEnd.Store(0)
 }
 

@@ -80,6 +80,7 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 		return false
 	}
 	s.prepare(g, cx)
+	s.logConnected()
 	if why := s.backend.enter(s); why != reasonNone {
 		s.end(why)
 	}
@@ -168,7 +169,7 @@ func (s *session) finish() {
 // want the connection. Later it may be one that only receives, or one at rest.
 const earlyClose = time.Second
 
-// contain calls what may be anybody's code: a wrapper's Close.
+// contain calls what may be anybody's code: a wrapper's Close, an address's String.
 func (s *session) contain(f func()) {
 	defer func() {
 		if v := recover(); v != nil {

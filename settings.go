@@ -168,11 +168,12 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		idleTimeout:  time.Duration(*h.IdleTimeout),
 		lifetime:     h.lifetime(),
 		drainTimeout: time.Duration(*h.DrainTimeout),
-		voice:        voice{accessLog: h.AccessLog, limit: int64(h.MaxConnections), clientLimit: int64(h.MaxConnectionsPerClient)},
-		ctx:          ctx,
-		dial:         dialTarget,
-		started:      make(chan struct{}),
-		stopped:      make(chan struct{}),
+		voice: voice{accessLog: h.AccessLog, limit: int64(h.MaxConnections), clientLimit: int64(h.MaxConnectionsPerClient),
+			logConnects: h.AccessLogConnects, logInterval: time.Duration(h.AccessLogInterval)},
+		ctx:     ctx,
+		dial:    dialTarget,
+		started: make(chan struct{}),
+		stopped: make(chan struct{}),
 	}
 	g.setLogger(ctx.Logger())
 	for _, b := range h.Backends {
