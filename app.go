@@ -35,6 +35,11 @@ type App struct {
 	// whose connections lead to tcp_lb. Default: 10s; 0 = no limit.
 	HandshakeTimeout *caddy.Duration `json:"handshake_timeout,omitempty"`
 
+	// ShutdownDelay is how long an exit waits before listening stops and connections are
+	// drained. Meanwhile all goes on, and tcp_lb_health answers 503, so that who asks
+	// it sends new connections elsewhere. Default: 0, which is not to wait.
+	ShutdownDelay caddy.Duration `json:"shutdown_delay,omitempty"`
+
 	ctx         caddy.Context
 	servers     []*layer4Server       // nil: none of the handlers so far is in one
 	waiting     *listener.WaitingList // the config's connections on their way to a handler
@@ -59,6 +64,9 @@ func (a *App) UnmarshalJSON(b []byte) error {
 
 // Provision prepares the app.
 func (a *App) Provision(ctx caddy.Context) error {
+	if caddy.Exiting() { // a load that has waited for the end of the config before
+		return errors.New("the process is exiting")
+	}
 	events, err := ctx.App("events")
 	if err != nil {
 		return err
@@ -96,13 +104,14 @@ func (s *starter) Handle(_ context.Context, e caddy.Event) error {
 }
 
 // stopper is called before the first app of the config is stopped. On an exit
-// Caddy stops one after the other, and an HTTP server may take its time.
+// Caddy stops one after the other, in no order, and an HTTP server may take its time.
 type stopper struct{ app *App }
 
 // Handle implements caddyevents.Handler.
 func (s *stopper) Handle(_ context.Context, e caddy.Event) error {
 	if e.Origin() == nil && caddy.Exiting() {
 		listenForTermination()
+		s.app.delayShutdown()
 		return s.app.Stop()
 	}
 	return nil

@@ -280,7 +280,7 @@ func withNeeded(option string, lines ...string) []string {
 
 var (
 	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008"}
-	validGlobalOptions  = map[string]string{"handshake_timeout": "5s"}
+	validGlobalOptions  = map[string]string{"handshake_timeout": "5s", "shutdown_delay": "10s"}
 )
 
 var (

@@ -141,6 +141,27 @@ func exitsBy(t time.Time) {
 	}
 }
 
+// delayShutdown waits for shutdown_delay, with all apps at work. A SIGTERM that comes
+// now is the second: it ends the delay, and then what is open.
+func (a *App) delayShutdown() {
+	if a.ShutdownDelay == 0 {
+		return
+	}
+	logger := caddy.Log().Named("tcp_lb")
+	logger.Info("exiting, tcp_lb_health says so; listening goes on for the delay", zap.Duration("shutdown_delay", time.Duration(a.ShutdownDelay)))
+	delay := time.NewTimer(time.Duration(a.ShutdownDelay))
+	defer delay.Stop()
+	select {
+	case <-delay.C:
+	case s := <-terminated:
+		select {
+		case terminated <- s: // for drainOnExit
+		default: // there is a third
+		}
+		logger.Warn("terminated again, ending the shutdown delay")
+	}
+}
+
 // terminated has the SIGTERMs that come once an exit is under way.
 var terminated = make(chan os.Signal, 1)
 

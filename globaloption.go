@@ -14,6 +14,7 @@ func init() {
 //
 //	tcp_lb {
 //		handshake_timeout <duration>
+//		shutdown_delay <duration>
 //	}
 //
 // Every error names the option, its value, the file and the line.
@@ -54,7 +55,7 @@ func meantGlobally(name string) map[string]string {
 	if named(handlerOptions, name) != nil {
 		return map[string]string{name: "it belongs to the handler: write it in the block of tcp_lb <address>... { } in a route"}
 	}
-	return map[string]string{"timeout": "handshake_timeout", "matching_timeout": "it belongs to a server: write it in the block of the listener, beside route"}
+	return map[string]string{"timeout": "handshake_timeout", "delay": "shutdown_delay", "grace_period": "it belongs to HTTP: write it in the global options, beside tcp_lb; for connections there is drain_timeout of the handler", "matching_timeout": "it belongs to a server: write it in the block of the listener, beside route"}
 }
 
 // Interface guard

@@ -20,6 +20,7 @@ func TestGlobalOption(t *testing.T) {
 		"with no handler":      {"{\n\ttcp_lb {\n\t\thandshake_timeout 1500ms\n\t}\n}\n", `{"handshake_timeout":1500000000}`},
 		"no limit":             {"{\n\ttcp_lb {\n\t\thandshake_timeout 0\n\t}\n}\n", `{"handshake_timeout":0}`},
 		"with a handler":       {"{\n\ttcp_lb {\n\t\thandshake_timeout 2s\n\t}" + layer4Block + "\n}\n", `{"handshake_timeout":2000000000}`},
+		"a delay":              {"{\n\ttcp_lb {\n\t\tshutdown_delay 10s\n\t}\n}\n", `{"shutdown_delay":10000000000}`},
 		"a handler without it": {"{" + layer4Block + "\n}\n", ``},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -40,7 +41,7 @@ func TestGlobalOption(t *testing.T) {
 func TestGlobalOptionErrors(t *testing.T) {
 	for block, want := range map[string][]string{
 		"tcp_lb 5s":                                                         {"takes a block", `"5s"`, "Caddyfile:2"},
-		"tcp_lb {\n\t\ttimeout 5s\n\t}":                                     {"unknown global option", `"timeout": did you mean handshake_timeout? (there is handshake_timeout)`, "Caddyfile:3"},
+		"tcp_lb {\n\t\ttimeout 5s\n\t}":                                     {"unknown global option", `"timeout": did you mean handshake_timeout? (there are handshake_timeout, shutdown_delay)`, "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timout 5s\n\t}":                            {`"handshake_timout": did you mean handshake_timeout?`, "Caddyfile:3"},
 		"tcp_lb {\n\t\tidle_timeout 5s\n\t}":                                {`unknown global option "idle_timeout": it belongs to the handler`, "Caddyfile:3"},
 		"tcp_lb {\n\t\tbackend a:1\n\t}":                                    {`"backend": it belongs to the handler`, "Caddyfile:3"},
@@ -54,6 +55,8 @@ func TestGlobalOptionErrors(t *testing.T) {
 		"tcp_lb {\n\t\thandshake_timeout 1s 2s\n\t}":                        {"handshake_timeout 1s", `"2s"`, "Caddyfile:3"},
 		"tcp_lb {\n\t\thandshake_timeout 1s {\n\t\t\tx\n\t\t}\n\t}":         {"handshake_timeout", "no block", "Caddyfile:4"},
 		"tcp_lb {\n\t\thandshake_timeout 1s\n\t\thandshake_timeout 2s\n\t}": {"handshake_timeout is set twice", "Caddyfile:4"},
+		"tcp_lb {\n\t\tshutdown_delay soon\n\t}":                            {"shutdown_delay soon", "such as 10s", "Caddyfile:3"},
+		"tcp_lb {\n\t\tdelay 5s\n\t}":                                       {"did you mean shutdown_delay?", "Caddyfile:3"},
 		"tcp_lb {\n\t}\n\ttcp_lb {\n\t}":                                    {"set twice", "Caddyfile:4"},
 	} {
 		t.Run(block, func(t *testing.T) {

@@ -25,7 +25,8 @@ func init() {
 //	{"status":"ok","pools":[{"name":"web","available":2,"total":3}]}
 //
 // where status is "ok" if all backends are available, "degraded" if some are not,
-// and "unavailable" with a 503.
+// and "unavailable" with a 503. While the process exits it is that, whatever the
+// backends are, and "shutting_down" is true.
 //
 // A backend is available once a check has found it up, or at once where checks
 // are off. What one config has found out holds for the next.
@@ -66,8 +67,11 @@ func (h *HealthHandler) Provision(ctx caddy.Context) error {
 }
 
 type healthStatus struct {
-	Status string       `json:"status"`
-	Pools  []poolStatus `json:"pools"`
+	Status string `json:"status"`
+	// ShuttingDown: the process exits, and serves for a while yet.
+	ShuttingDown bool `json:"shutting_down,omitempty"`
+
+	Pools []poolStatus `json:"pools"`
 }
 
 type poolStatus struct {
@@ -84,6 +88,9 @@ func (a *App) health(names []string) (status healthStatus, ok bool) {
 		names = a.poolNames()
 	}
 	degraded := false
+	if caddy.Exiting() {
+		status.ShuttingDown, ok = true, false
+	}
 	for _, name := range names {
 		s := poolStatus{Name: name}
 		if g := a.generations[name]; g != nil { // else the config is about to be refused, see Start
@@ -103,15 +110,14 @@ func (a *App) health(names []string) (status healthStatus, ok bool) {
 }
 
 // health returns how many backends can serve. Around a reload, when another
-// config's generation has the pool, that is what it says; while none has it,
-// and once the process exits, none can.
+// config's generation has the pool, that is what it says; while none has it none can.
 func (g *generation) health() poolStatus {
 	s := poolStatus{Name: g.name, Total: len(g.config)}
 	serving := g
 	if !isClosed(g.started) || isClosed(g.stopped) {
 		serving = registry.newest(g.name)
 	}
-	if serving == nil || caddy.Exiting() {
+	if serving == nil {
 		return s
 	}
 	s.Total = len(serving.members())

@@ -85,7 +85,7 @@ var meantOptions = map[string]string{
 	"lifetime": "max_lifetime", "max_age": "max_lifetime", "max_connection_age": "max_lifetime", "max_connection_duration": "max_lifetime", "server_lifetime": "max_lifetime", "conn_max_lifetime": "max_lifetime",
 	"max_lifetime_spread": "write max_lifetime <duration> <percent>%",
 	"timeout":             setsTimeouts, "timeouts": setsTimeouts,
-	"grace_period": "drain_timeout", "shutdown_timeout": "drain_timeout", "hard_stop_after": "drain_timeout", "shutdown_delay": "drain_timeout",
+	"grace_period": "drain_timeout", "shutdown_timeout": "drain_timeout", "hard_stop_after": "drain_timeout", "shutdown_delay": "it is a global option: write tcp_lb { shutdown_delay <duration> } beside layer4",
 	"drain": "drain_timeout", "handshake_timeout": "it is a global option: write tcp_lb { handshake_timeout <duration> } beside layer4",
 	"log": "access_log", "logs": "access_log", "logging": "access_log", "logger": "access_log",
 	"pool": "name", "label": "name", "id": "name",

@@ -16,6 +16,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"max_connection 5":        `unknown option "max_connection": did you mean max_connections? (there are access_log, backend, close_if_unhealthy, `,
 		"maxconn 5":               "did you mean max_connections?",
 		"limit_conn 5":            "did you mean max_connections_per_client?",
+		"shutdown_delay 5s":       "it is a global option: write tcp_lb { shutdown_delay <duration> } beside layer4",
 		"max_age 1h":              "did you mean max_lifetime?",
 		"max_lifetime_spread 5":   "write max_lifetime <duration> <percent>%",
 		"to a:1":                  `unknown option "to": write backend <address>`,

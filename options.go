@@ -136,6 +136,9 @@ func init() {
 		{spec{name: "handshake_timeout", values: "<duration>", path: "handshake_timeout", zero: "none",
 			help: "what a connection of a `tcp_lb/` listener gets from being accepted to reaching `tcp_lb`, a TLS handshake and the like included (see [Limits](#operating-it))"},
 			asDuration(0, defaultHandshakeTimeout, optional(func(a *App) **caddy.Duration { return &a.HandshakeTimeout }))},
+		{spec{name: "shutdown_delay", values: "<duration>", path: "shutdown_delay", zero: "none",
+			help: "how long an exit goes on as before, while `tcp_lb_health` answers 503, before listening stops and `drain_timeout` begins; see [docs/connections.md](docs/connections.md#shutdown_delay)"},
+			asDuration(0, 0, plain(func(a *App) *caddy.Duration { return &a.ShutdownDelay }))},
 	}
 }
 
