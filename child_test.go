@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -43,20 +44,23 @@ type child struct {
 // is still there.
 func startChild(t *testing.T, config string) *child {
 	t.Helper()
-	return startChildWithFiles(t, 0, config)
+	return startChildUnder(t, nil, config)
 }
 
-// startChildWithFiles is startChild with a limit of open files; 0 = this
-// process's.
+// startChildWithFiles is startChild with a limit of open files.
 func startChildWithFiles(t *testing.T, files int, config string) *child {
+	t.Helper()
+	return startChildUnder(t, []string{"sh", "-c", `ulimit -n "$1" && shift && exec "$@"`, "sh", strconv.Itoa(files)}, config)
+}
+
+// startChildUnder is startChild through a command that becomes what its last
+// arguments say.
+func startChildUnder(t *testing.T, wrapper []string, config string) *child {
 	t.Helper()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "caddy.json")
 	require.NoError(t, os.WriteFile(file, []byte(config), 0o600))
-	command := []string{os.Args[0], "run", "--config", file}
-	if files > 0 {
-		command = append([]string{"sh", "-c", `ulimit -n "$1" && shift && exec "$@"`, "sh", strconv.Itoa(files)}, command...)
-	}
+	command := append(slices.Clone(wrapper), os.Args[0], "run", "--config", file)
 	c := &child{cmd: exec.Command(command[0], command[1:]...), done: make(chan struct{})}
 	c.cmd.Env = append(os.Environ(), childEnv+"=1", "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
 	out, err := c.cmd.StderrPipe()

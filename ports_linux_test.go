@@ -28,6 +28,8 @@ func inNamespace(t *testing.T) bool {
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+
+		GidMappingsEnableSetgroups: os.Getuid() == 0,
 	}
 	out, err := c.CombinedOutput()
 	if c.Process == nil {
