@@ -57,7 +57,7 @@ type Backend struct {
 	closed   bool        // it has: later sessions end at once
 
 	watched  atomic.Bool // by the newest config that has it
-	aging    atomic.Bool // likewise: its connections have a max_lifetime
+	aging    atomic.Bool // its connections have a max_lifetime, by the last config that had it
 	failures failures
 	ejection *time.Timer // ends ejected; guarded by the registry
 	fresh    bool        // it has just joined; guarded by the registry

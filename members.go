@@ -126,7 +126,9 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 		}
 		b.setClosingLocked(g, ok)
 		b.watched.Store(ok && g.passive.failDuration > 0)
-		b.aging.Store(ok && g.lifetime.limit > 0)
+		if ok {
+			b.aging.Store(g.lifetime.limit > 0)
+		}
 		if !ok || g.passive.failDuration == 0 || b.byHand().state == stateMaint {
 			changed = b.readmitLocked(&t.lines, "backend's time out is called off") || changed
 		}

@@ -18,7 +18,9 @@ import (
 func (s *soak) requireAccounts() {
 	t := s.t
 	eventually(t, func() bool { return open.n.Load() == 0 }, "all connections ended")
-	lines, stalled := soakLog.lines(t)
+	byPool, connected := soakLog.lines(t)
+	lines, stalled := byPool[soakPool], byPool[stallPool]
+	requireConnectedLines(t, connected, slices.Concat(lines, stalled, byPool[crowdPool]))
 	require.Equal(t, len(s.records)+s.excused, len(lines), "one line for each connection")
 	require.Equal(t, s.stalled.total(), len(stalled))
 
@@ -33,9 +35,10 @@ func (s *soak) requireAccounts() {
 		byClient[r.client] = slices.Delete(byClient[r.client], i, i+1)
 	}
 	views := registry.snapshot()
-	require.Len(t, views, 2)
-	requireSum(t, lines, views[0].total())
-	requireSum(t, stalled, views[1].total())
+	require.Len(t, views, 3)
+	s.requireCrowd(byPool[crowdPool], views[0])
+	requireSum(t, lines, views[1].total())
+	requireSum(t, stalled, views[2].total())
 	requireReasons(t, soakPool, lines)
 	requireReasons(t, stallPool, stalled)
 	// Some had ended by themselves, or been cut, when the hand came.
@@ -56,7 +59,7 @@ func (s *soak) requireAccounts() {
 		t.Logf("backend %d had at most %d connections at once, its limit is %d", b.id, b.most, b.limit)
 	}
 	t.Logf("%d connections went well, %d ended with their backend, %d of them by the drain timeout; %v",
-		len(s.records), s.excused, views[0].total().cut, s.did)
+		len(s.records), s.excused, views[1].total().cut, s.did)
 }
 
 // sumOf is what a pool's counters have to say, and how many connects there were
@@ -125,6 +128,7 @@ func (s *soak) requireSeriesToEnd() {
 
 // soakLine is a line of the access log.
 type soakLine struct {
+	Message  string `json:"msg"`
 	LB       string `json:"lb"`
 	Client   string `json:"client"`
 	Backend  string `json:"backend"`
@@ -200,18 +204,23 @@ func (m *logMemory) reset() {
 	m.buf.Reset()
 }
 
-func (m *logMemory) lines(t testing.TB) (list, stalled []soakLine) {
+// lines returns those of ends by pool, and those of connects.
+func (m *logMemory) lines(t testing.TB) (ended map[string][]soakLine, connected []soakLine) {
 	t.Helper()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	ended = make(map[string][]soakLine)
 	for d := json.NewDecoder(&m.buf); d.More(); {
 		var l soakLine
 		require.NoError(t, d.Decode(&l))
-		if l.LB == stallPool {
-			stalled = append(stalled, l)
-		} else {
-			list = append(list, l)
+		switch l.Message {
+		case "connected":
+			connected = append(connected, l)
+		case "connection":
+			ended[l.LB] = append(ended[l.LB], l)
+		default:
+			require.Equal(t, "open", l.Message)
 		}
 	}
-	return list, stalled
+	return ended, connected
 }

@@ -22,7 +22,8 @@ const (
 	stallSize    = 16 << 20 // more than all the buffers on the way
 )
 
-var stallOptions = fmt.Sprintf(`"idle_timeout":%q,`, stallTimeout)
+// Some of them reach their age before that.
+var stallOptions = fmt.Sprintf(`"idle_timeout":%q,"max_lifetime":"400ms","max_lifetime_spread":50,`, stallTimeout)
 
 // stallCounts is what became of them.
 type stallCounts struct {

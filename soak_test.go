@@ -32,7 +32,8 @@ var (
 //
 // Beside them go clients who want nothing: who leave before they have a backend
 // and, at a port of their own, receivers that stall for longer than the idle
-// timeout or say nothing at all. Only a world in which some peer stops reading
+// timeout, or live for longer than they may, or say nothing at all; and a crowd that
+// wants more connections than one client may have. Only a world in which some peer stops reading
 // can show a relay that waits for it, and only one without a backend what becomes
 // of those who wait.
 func TestSoak(t *testing.T) {
@@ -64,6 +65,7 @@ type soak struct {
 	rnd      *rand.Rand // the driver's; each client has its own
 	lb       string
 	wrapped  string // the address behind whose port connections are no bare sockets
+	crowd    string // the address for clients that want more than one may have
 	stalls   string // the address for clients that stall, …
 	silences string // … and for those that never get as far as the handler
 	backends []*soakBackend
@@ -82,6 +84,7 @@ type soak struct {
 	excused   int          // connections that failed as their backend did
 
 	stalled stallCounts
+	crowded crowdCounts
 }
 
 const (
@@ -97,6 +100,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 		rnd:      rand.New(rand.NewPCG(seed, 0)),
 		lb:       freeAddress(t),
 		wrapped:  freeAddress(t),
+		crowd:    freeAddress(t),
 		stalls:   freeAddress(t),
 		silences: freeAddress(t),
 		names:    startNameServer(t),
@@ -130,6 +134,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 	for i := range 8 {
 		s.repeat(seed, 100+i, s.stall)
 		s.repeat(seed, 200+i, s.beSilent)
+		s.repeat(seed, 300+i, s.join)
 	}
 	return s
 }
@@ -154,13 +159,14 @@ func (s *soak) configOf(members []soakMember, drain, more string) string {
 	}
 	policy := soakPolicies[s.rnd.IntN(len(soakPolicies))]
 	server := func(listen, match, before, name, more string) string {
-		return fmt.Sprintf(`%q:{"listen":["tcp_lb/%s"],"routes":[{%s"handle":[%s{"handler":"tcp_lb","name":%q,"drain_timeout":%q,"access_log":true,
+		return fmt.Sprintf(`%q:{"listen":["tcp_lb/%s"],"routes":[{%s"handle":[%s{"handler":"tcp_lb","name":%q,"drain_timeout":%q,"access_log":true,"access_log_connects":true,"access_log_interval":"1s",
 			"load_balancing":{"selection_policy":{"policy":%q},"retries":10,"try_duration":"30s","try_interval":"10ms"},%s,%s%s,"backends":[%s]}]}]}`,
 			listen, listen, match, before, name, drain, policy, fastChecks, more, s.source(), strings.Join(list, ","))
 	}
 	config := layer4Config(server(s.lb, "", "", soakPool, more) + "," +
 		server(s.wrapped, "", `{"handler":"throttle","read_bytes_per_second":1e9,"read_burst_size":1000000},`, soakPool, more) + "," +
 		server(s.silences, `"match":[{"tls":{}}],`, "", soakPool, more) + "," +
+		server(s.crowd, "", "", crowdPool, more+crowdOptions) + "," +
 		server(s.stalls, "", "", stallPool, more+stallOptions))
 	config = strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb":{"handshake_timeout":"1s"},`, 1)
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+
