@@ -2,6 +2,8 @@ package tcplb
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -176,7 +178,7 @@ func (r *poolRegistry) sweepSessions(p *pool, timer **time.Timer) {
 	}
 	since, now, interval := w.last, time.Now(), w.interval
 	w.last = now
-	backends := p.sortedLocked()
+	backends := slices.Collect(maps.Values(p.backends))
 	r.mu.Unlock()
 	to := p.voice.Load().access
 	for _, b := range backends {

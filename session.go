@@ -275,7 +275,7 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 func (g *generation) admit(cx *layer4.Connection, client clientKey) (release func(), why reason) {
 	p := g.pool
 	if !p.clients.enterSoon(client, g.clientLimit) {
-		p.clients.refused.Store(&client)
+		p.clients.refused.Store(new(client)) // a copy, which only this way needs
 		p.overClients.Add(p.warnOfClients)
 		return nil, reasonMaxConnectionsPerClient
 	}
