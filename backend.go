@@ -23,10 +23,11 @@ type Backend struct {
 	// load counts the connections that picked the backend and have not ended, be
 	// they connecting or open; retired once the backend was dropped from its pool.
 	load atomic.Int64
-	// limit of load, and whether it is a backup, are those of the newest config that
-	// named it.
-	limit  atomic.Int64 // 0 = none
-	backup atomic.Bool
+	// limit of load, whether it is a backup, and how connections to it begin, are
+	// those of the newest config that named it.
+	limit    atomic.Int64 // 0 = none
+	backup   atomic.Bool
+	approach atomic.Pointer[approach]
 
 	hand      atomic.Pointer[hand]      // see byHand
 	weight    atomic.Int64              // in the newest config; 0 also once no config names it

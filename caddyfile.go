@@ -22,6 +22,7 @@ import (
 //			backup
 //			max_connections <number>
 //			health_port <port>
+//			proxy_protocol v1|v2|off
 //		}]
 //		dynamic <source> [...]
 //		lb_policy <policy> [...]
@@ -52,6 +53,7 @@ import (
 //		close_if_unhealthy [<duration>]
 //		fail_duration <duration>
 //		max_fails <number>
+//		proxy_protocol v1|v2|off
 //		max_connections <number>
 //		max_connections_per_client <number>
 //		dial_timeout <duration>

@@ -248,6 +248,7 @@ var validOptions = map[string]string{
 	"health_tls_trust_pool": "file testdata/ca.pem",
 	"health_proxy_protocol": "v2",
 	"health_check":          "always",
+	"proxy_protocol":        "v2",
 	"max_connections":       "5000",
 	"dial_timeout":          "1s",
 	"idle_timeout":          "1s",
@@ -279,7 +280,7 @@ func withNeeded(option string, lines ...string) []string {
 }
 
 var (
-	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008"}
+	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008", "proxy_protocol": "v1"}
 	validGlobalOptions  = map[string]string{"handshake_timeout": "5s", "shutdown_delay": "10s"}
 )
 

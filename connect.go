@@ -209,6 +209,9 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 	began := time.Now()
 	p := newPatience(s, began)
 	conn, err := g.dial(p, b.target, g.dialTimeout)
+	if a := b.approach.Load(); a != nil && err == nil {
+		conn, err = a.open(p, conn, began.Add(g.dialTimeout), s.request.parties())
+	}
 	took := time.Since(began)
 	p.end()
 	if s.left != reasonNone || err != nil && p.Err() != nil {
@@ -222,6 +225,15 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 		b.noteFailure(err)
 	}
 	return conn, took, err
+}
+
+// parties returns who the connection is between.
+func (r *Request) parties() parties {
+	who := parties{client: r.client}
+	if r.cx != nil {
+		who.local = r.cx.LocalAddr()
+	}
+	return who
 }
 
 // noteFailure counts a connect that failed, and has the backend checked unless

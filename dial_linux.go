@@ -30,8 +30,17 @@ func connected(c *socket.Conn, err error) (net.Conn, error) {
 	return c, nil
 }
 
-// awaitUnder waits for a connect until ctx ends. Of ctx nothing is asked while
-// the connect is quick, as nearly all are: see patience.
+// sendFirst writes b, which is little, by the deadline or the end of ctx. A bare socket
+// stays one.
+func sendFirst(ctx context.Context, conn net.Conn, b []byte, deadline time.Time) error {
+	if c, ok := conn.(*socket.Conn); ok {
+		return c.Send(b, deadline, awaitUnder(ctx))
+	}
+	return sendAny(ctx, conn, b, deadline)
+}
+
+// awaitUnder waits for a socket until ctx ends. Of ctx nothing is asked while
+// that is quick, as nearly all are: see patience.
 func awaitUnder(ctx context.Context) socket.Await {
 	return func(fd int, deadline time.Time) error {
 		if soon := time.Now().Add(watchAfter); deadline.IsZero() || soon.Before(deadline) {

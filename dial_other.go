@@ -24,3 +24,8 @@ func connectUnix(ctx context.Context, path string, deadline time.Time) (net.Conn
 
 // dialer leaves keep-alive probes to relay.KeepAlive.
 func dialer(deadline time.Time) *net.Dialer { return &net.Dialer{Deadline: deadline, KeepAlive: -1} }
+
+// sendFirst writes b by the deadline or the end of ctx.
+func sendFirst(ctx context.Context, conn net.Conn, b []byte, deadline time.Time) error {
+	return sendAny(ctx, conn, b, deadline)
+}

@@ -107,6 +107,7 @@ func (g *generation) wantedLocked() []member {
 		for _, m := range s.found {
 			if address := m.target.String(); !seen[address] {
 				seen[address] = true
+				m.approach = g.approach // it may have been found for the config before
 				list = append(list, m)
 			}
 		}

@@ -19,6 +19,7 @@ type generation struct {
 	name         string
 	fingerprint  string // the settings in full, to tell two handlers of one name apart
 	config       []member
+	approach     *approach // of members that have none of their own; nil = a bare connect
 	policy       SelectionPolicy
 	policyName   string
 	retries      int
@@ -63,11 +64,12 @@ type generation struct {
 // member is a backend as a config or a source says it.
 type member struct {
 	target         target
-	weight         int    // 0–256; 0 = no new connections
-	backup         bool   // only while no other is available
-	maxConnections int    // 0 = no limit
-	healthPort     uint16 // probed in place of the others'; 0 = the same
-	source         string // what found it; empty = the config names it
+	weight         int       // 0–256; 0 = no new connections
+	backup         bool      // only while no other is available
+	maxConnections int       // 0 = no limit
+	healthPort     uint16    // probed in place of the others'; 0 = the same
+	approach       *approach // nil = a bare connect
+	source         string    // what found it; empty = the config names it
 }
 
 // enrolled is a member of a running generation.

@@ -60,7 +60,7 @@ var meantFields = map[string]string{
 	"dial":       "address", "host": "address", "addr": "address", "backup": "it belongs to a backend: write it beside its address",
 	"passive": "write health_checks.passive", "max_fails": "write health_checks.passive.max_fails", "uri": "write health_checks.active.uri", "path": "write health_checks.active.uri", "status": "expect_status", "body": "expect_body",
 	"steps": "dialogue", "trust_pool": "ca",
-	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "tls": noTLS, "proxy_protocol": noProxyHeader,
+	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "tls": noTLS, "send_proxy": "proxy_protocol", "send_proxy_v2": "proxy_protocol",
 }
 
 // meantInJSON has what is meant by a name that is no field: an option's name in
@@ -122,9 +122,9 @@ func misplacedField(raw json.RawMessage, t reflect.Type, path string) error {
 		return fmt.Errorf("%s: want an object, found %s", path, short(raw))
 	}
 	fields := make(map[string]reflect.Type)
-	for i := range t.NumField() {
-		if name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ","); name != "" {
-			fields[name] = t.Field(i).Type
+	for _, f := range reflect.VisibleFields(t) { // those of an embedded struct, too
+		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" {
+			fields[name] = f.Type
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(members)) {

@@ -154,6 +154,7 @@ func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed b
 		b.source.Store(m.sourceText())
 		b.limit.Store(int64(m.maxConnections))
 		b.backup.Store(m.backup)
+		b.approach.Store(m.approach)
 	}
 	weight := h.weightOr(b.given)
 	b.weight.Store(int64(m.weight))

@@ -26,19 +26,19 @@ func init() {
 }
 
 const (
-	meantBackend  = "write backend <address>"
-	meantPolicy   = "write lb_policy <policy>"
-	meantPassive  = "write fail_duration <duration> and max_fails <number>"
-	meantBackup   = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
-	meantLimit    = "write max_connections in a backend's block"
-	noTLS         = "there is no TLS to backends"
-	noProxyHeader = "there is no PROXY protocol to backends"
-	noSemicolons  = "there are no semicolons at the ends of lines"
-	notNeeded     = "leave it out, it is TCP anyway"
-	setsChecks    = "write health_interval <duration>, or health_interval off"
-	meantDynamic  = "write dynamic a <name> <port>, or dynamic srv <name>"
-	ofDynamic     = "it belongs to a source of backends: write it in the block of dynamic a <name> <port>"
-	setsTimeouts  = "there are dial_timeout, idle_timeout, drain_timeout and health_timeout"
+	meantBackend = "write backend <address>"
+	meantPolicy  = "write lb_policy <policy>"
+	meantPassive = "write fail_duration <duration> and max_fails <number>"
+	meantBackup  = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
+	meantLimit   = "write max_connections in a backend's block"
+	noTLS        = "there is no TLS to backends"
+	meantProxy   = "write proxy_protocol v1 or v2"
+	noSemicolons = "there are no semicolons at the ends of lines"
+	notNeeded    = "leave it out, it is TCP anyway"
+	setsChecks   = "write health_interval <duration>, or health_interval off"
+	meantDynamic = "write dynamic a <name> <port>, or dynamic srv <name>"
+	ofDynamic    = "it belongs to a source of backends: write it in the block of dynamic a <name> <port>"
+	setsTimeouts = "there are dial_timeout, idle_timeout, drain_timeout and health_timeout"
 )
 
 // meantOptions says what to write for names that other balancers, other handlers
@@ -91,14 +91,14 @@ var meantOptions = map[string]string{
 	"pool": "name", "label": "name", "id": "name",
 
 	"tls": noTLS, "ssl": noTLS, "proxy_ssl": noTLS, "transport": noTLS,
-	"proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader, "send_proxy_v2": noProxyHeader,
+	"send_proxy": meantProxy, "send_proxy_v2": meantProxy, "sendproxy": meantProxy, "proxy_header": meantProxy, "haproxy": meantProxy,
 	"mode": notNeeded, "option": notNeeded, "protocol": notNeeded, "network": notNeeded,
 }
 
 // meantOfBackend is meantOptions for a backend's block.
 var meantOfBackend = map[string]string{
 	"down": "take the backend out of the config, and reload", "maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections",
-	"max_requests": "max_connections", "limit": "max_connections", "max_connections_per_client": "it counts a client's connections to all backends: write it outside of this block", "tls": noTLS, "ssl": noTLS, "proxy_protocol": noProxyHeader, "send_proxy": noProxyHeader,
+	"max_requests": "max_connections", "limit": "max_connections", "max_connections_per_client": "it counts a client's connections to all backends: write it outside of this block", "tls": noTLS, "ssl": noTLS, "send_proxy": meantProxy, "send_proxy_v2": meantProxy,
 	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
 	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
 }

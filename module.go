@@ -39,6 +39,8 @@ type Handler struct {
 	LoadBalancing *LoadBalancing `json:"load_balancing,omitempty"`
 	// HealthChecks say how the backends' health is found out.
 	HealthChecks *HealthChecks `json:"health_checks,omitempty"`
+	// How backends are connected to, unless they say otherwise.
+	ApproachConfig
 	// MaxConnections is how many connections the pool serves at once; further
 	// ones are closed. Default and 0: as many as the process may have files for,
 	// at 2 a connection less a reserve, over all pools. That bound always holds.
@@ -98,6 +100,8 @@ type BackendConfig struct {
 	// HealthPort is probed instead of the backend's own, and of the port that the
 	// active checks name for all. Default and 0: as that says.
 	HealthPort int `json:"health_port,omitempty"`
+	// How this backend is connected to.
+	ApproachConfig
 }
 
 // LoadBalancing says how a backend is chosen.

@@ -92,6 +92,7 @@ func init() {
 			asNumber(1, math.MaxUint16, 0, plain(func(h *Handler) *int { return &h.activeChecks().Port })).orShown("the backend's own")},
 	}
 	handlerOptions = append(handlerOptions, checkOptions()...)
+	handlerOptions = append(handlerOptions, approachOptions("off", func(h *Handler) *ApproachConfig { return &h.ApproachConfig })...)
 	handlerOptions = append(handlerOptions, []option[Handler]{
 
 		{spec{name: "max_connections", values: "<number>", path: "max_connections", unset: "as many as the limit of open files allows",
@@ -131,6 +132,7 @@ func init() {
 			help: "probe this port of the backend instead"},
 			asNumber(1, math.MaxUint16, 0, plain(func(b *BackendConfig) *int { return &b.HealthPort })).orShown("the handler's")},
 	}
+	backendOptions = append(backendOptions, approachOptions("the handler's", func(b *BackendConfig) *ApproachConfig { return &b.ApproachConfig })...)
 
 	globalOptions = []option[App]{
 		{spec{name: "handshake_timeout", values: "<duration>", path: "handshake_timeout", zero: "none",

@@ -25,6 +25,8 @@ func leafFields(t reflect.Type, under string) (paths []string) {
 			of = of.Elem()
 		}
 		switch {
+		case f.Anonymous:
+			paths = append(paths, leafFields(of, under)...)
 		case name == "":
 		case of.Kind() == reflect.Struct:
 			paths = append(paths, leafFields(of, under+name+".")...)

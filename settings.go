@@ -176,14 +176,24 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 		stopped: make(chan struct{}),
 	}
 	g.setLogger(ctx.Logger())
+	return g, h.enlist(g)
+}
+
+// enlist makes the backends that the config names members of g.
+func (h *Handler) enlist(g *generation) error {
+	g.approach = newApproach(h.ApproachConfig)
 	for _, b := range h.Backends {
 		t, err := parseTarget(b.Address)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		g.config = append(g.config, member{target: t, weight: *b.Weight, backup: b.Backup, maxConnections: b.MaxConnections, healthPort: uint16(b.HealthPort)})
+		m := member{target: t, weight: *b.Weight, backup: b.Backup, maxConnections: b.MaxConnections, healthPort: uint16(b.HealthPort), approach: g.approach}
+		if b.ApproachConfig != (ApproachConfig{}) {
+			m.approach = newApproach(b.ApproachConfig.over(h.ApproachConfig))
+		}
+		g.config = append(g.config, m)
 	}
-	return g, nil
+	return nil
 }
 
 // policyName returns the name in the policy's JSON; empty if there is none.

@@ -1,6 +1,7 @@
 package socket
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -191,6 +192,39 @@ func (c *Conn) Write(b []byte) (int, error) {
 		return 0, c.failure("write", err)
 	}
 	return conn.Write(b)
+}
+
+// Send writes all of b, by the deadline, and c stays what it is. Nobody else may
+// be using c.
+func (c *Conn) Send(b []byte, deadline time.Time, await Await) error {
+	if c.real.Load() != nil {
+		return c.sendReal(b, deadline)
+	}
+	for len(b) > 0 {
+		n, err := unix.Write(c.fd, b)
+		switch {
+		case err == unix.EAGAIN:
+			err = await(c.fd, deadline)
+		case err == unix.EINTR:
+			err = nil
+		case err != nil:
+			err = os.NewSyscallError("write", err)
+		default:
+			b = b[n:]
+		}
+		if err != nil {
+			return &net.OpError{Op: "write", Net: c.network, Addr: c.remote, Err: err}
+		}
+	}
+	return nil
+}
+
+func (c *Conn) sendReal(b []byte, deadline time.Time) error {
+	if err := c.SetWriteDeadline(deadline); err != nil {
+		return err
+	}
+	_, err := c.Write(b)
+	return errors.Join(err, c.SetWriteDeadline(time.Time{}))
 }
 
 // LocalAddr returns the connection's own address. Of one that was closed before

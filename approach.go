@@ -1,0 +1,78 @@
+package tcplb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+)
+
+// ApproachConfig is how backends are connected to: for a handler, and for one
+// backend, where what is set holds for that in place of the handler's.
+type ApproachConfig struct {
+	// ProxyProtocol is the version, v1 or v2, of the PROXY header by which a backend
+	// learns the client's address; the health checks begin with one, too, unless they
+	// say otherwise. Default: off.
+	ProxyProtocol checks.ProxyVersion `json:"proxy_protocol,omitempty"`
+}
+
+// over returns c with what it leaves open as the handler's has it.
+func (c ApproachConfig) over(handlers ApproachConfig) ApproachConfig {
+	setDefault(&c.ProxyProtocol, handlers.ProxyProtocol)
+	return c
+}
+
+// approach is how a connection to a backend begins, beyond its address. Nil is a
+// bare connect.
+type approach struct {
+	proxy checks.ProxyVersion // of the header that goes first; empty = none
+}
+
+// newApproach makes the approach of a checked config.
+func newApproach(c ApproachConfig) *approach {
+	if c.ProxyProtocol == proxyOff {
+		c.ProxyProtocol = ""
+	}
+	if c == (ApproachConfig{}) {
+		return nil
+	}
+	return &approach{proxy: c.ProxyProtocol}
+}
+
+// parties are the two ends of a client's connection to the balancer.
+type parties struct{ client, local net.Addr }
+
+// open has a connection begin as a says, by the deadline or the end of ctx, so
+// that the client's bytes may follow; who has it is what a PROXY header tells. It
+// returns the connection to use from then on. Where that fails conn is closed.
+//
+// Of ctx nothing is asked while it is quick: see patience.
+func (a *approach) open(ctx context.Context, conn net.Conn, deadline time.Time, who parties) (net.Conn, error) {
+	if a.proxy != "" {
+		header, err := proxyHeader(a.proxy, who)
+		if err == nil {
+			err = sendFirst(ctx, conn, header, deadline)
+		}
+		if err != nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("sending the PROXY header: %w", err)
+		}
+	}
+	return conn, nil
+}
+
+// sendAny is sendFirst for a connection of any kind.
+func sendAny(ctx context.Context, conn net.Conn, b []byte, deadline time.Time) error {
+	if err := conn.SetWriteDeadline(deadline); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetWriteDeadline(time.Unix(1, 0)) })
+	_, err := conn.Write(b)
+	if !stop() && err == nil { // its deadline may come after the next one
+		err = context.Cause(ctx)
+	}
+	return errors.Join(err, conn.SetWriteDeadline(time.Time{}))
+}
