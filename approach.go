@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -29,6 +30,7 @@ func (c ApproachConfig) over(handlers ApproachConfig) ApproachConfig {
 // bare connect.
 type approach struct {
 	proxy checks.ProxyVersion // of the header that goes first; empty = none
+	text  string              // of all that
 }
 
 // newApproach makes the approach of a checked config.
@@ -39,7 +41,8 @@ func newApproach(c ApproachConfig) *approach {
 	if c == (ApproachConfig{}) {
 		return nil
 	}
-	return &approach{proxy: c.ProxyProtocol}
+	text, _ := json.Marshal(c) // of plain values: it can't fail
+	return &approach{proxy: c.ProxyProtocol, text: string(text)}
 }
 
 // parties are the two ends of a client's connection to the balancer.

@@ -19,22 +19,43 @@ import (
 // inquiry is what the checks of a config ask of a backend.
 type inquiry struct {
 	check checks.Check // nil = a connect is enough
-	wire  checks.Wire
+	wire  checks.Wire  // as the checks' options have it, see assignment.wire
 }
 
 // assignment is what a checker works by.
 type assignment struct {
 	*generation
-	port uint16 // 0 = the backend's own
+	port     uint16 // 0 = the backend's own
+	approach *approach
 }
 
 // question is equal for two that ask the same. A verdict is about one question.
 type question struct {
-	asks string
-	port uint16
+	asks   string
+	port   uint16
+	begins string
 }
 
-func (a *assignment) question() question { return question{a.checks.asks, a.port} }
+func (a *assignment) question() question {
+	q := question{asks: a.checks.asks, port: a.port}
+	if a.approach != nil {
+		q.begins = a.approach.text
+	}
+	return q
+}
+
+// wire returns what stands between the checks and t. They follow clients'
+// connections to the backend's own port: another one is as a rule another service's.
+func (a *assignment) wire(t target) checks.Wire {
+	w := a.inquiry.wire
+	if follows := a.port == 0 || a.port == t.port; follows && a.approach != nil {
+		setDefault(&w.Proxy, a.approach.proxy)
+	}
+	if w.Proxy == proxyOff {
+		w.Proxy = ""
+	}
+	return w
+}
 
 // checkPort returns the port to probe of the member; 0 = its own.
 func (m member) checkPort(g *generation) uint16 {
@@ -45,11 +66,11 @@ func (m member) checkPort(g *generation) uint16 {
 }
 
 // ask checks the backend at t once, by more than a connect.
-func (g *generation) ask(ctx context.Context, t target) error {
+func (g *generation) ask(ctx context.Context, t target, check checks.Check, w checks.Wire) error {
 	ctx, cancel := context.WithTimeout(ctx, g.checks.timeout)
 	defer cancel()
 	deadline, _ := ctx.Deadline()
-	err := checks.Run(ctx, g.inquiry.check, g.inquiry.wire, checks.Target{
+	err := checks.Run(ctx, check, w, checks.Target{
 		Address: t.String(),
 		Host:    t.host,
 		Dial: func(ctx context.Context) (net.Conn, error) {
@@ -111,9 +132,7 @@ func (h *Handler) newInquiry(ctx caddy.Context) (i inquiry, err error) {
 		if i.wire.TLS, err = a.TLS.Config(ctx); err != nil {
 			return i, fmt.Errorf("health_checks.active.tls: %w", err)
 		}
-	}
-	if i.check == nil && i.wire != (checks.Wire{}) {
-		i.check = checks.Connect{}
+		setDefault(&i.check, checks.Check(checks.Connect{}))
 	}
 	return i, nil
 }

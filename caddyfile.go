@@ -48,7 +48,7 @@ import (
 //		health_tls [<server name>]
 //		health_tls_insecure_skip_verify
 //		health_tls_trust_pool <module> [...]
-//		health_proxy_protocol v1|v2
+//		health_proxy_protocol v1|v2|off
 //		health_initially_unhealthy
 //		close_if_unhealthy [<duration>]
 //		fail_duration <duration>
@@ -85,6 +85,9 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return start.Errf("tcp_lb: no backends: name at least one")
 	}
 	if err := p.checkIntervals(h); err != nil {
+		return err
+	}
+	if err := p.checkMisfit(h, start); err != nil {
 		return err
 	}
 	return p.checkConflict(h, start)
@@ -266,6 +269,9 @@ func (p *parser) backend(_ spec, h *Handler) error {
 		if err := own.backendOption(&b); err != nil {
 			return err
 		}
+	}
+	if option, err := b.unfit(b.Address); err != nil {
+		return own.places[option].WrapErr(fmt.Errorf("backend %s: %w", b.Address, err))
 	}
 	located := *p
 	located.Dispenser = at

@@ -54,9 +54,9 @@ func checkOptions() []option[Handler] {
 		{spec{name: "health_tls_trust_pool", values: "<module> [...]", path: "health_checks.active.tls.ca", unset: "the system's CAs",
 			help: "checks speak TLS and trust these CAs, such as `file <path>`: a module of `tls.ca_pool.source`"},
 			kind[Handler]{read: (*parser).healthTrustPool, show: func(h *Handler) string { return orNotSet(short(h.checkTLS().CARaw)) }}},
-		{spec{name: "health_proxy_protocol", values: "v1|v2", path: "health_checks.active.proxy_protocol", unset: "none",
+		{spec{name: "health_proxy_protocol", values: "v1|v2|off", path: "health_checks.active.proxy_protocol", unset: "as `proxy_protocol`, to the backend's own port",
 			help: "checks begin with a PROXY header that says they are the balancer's own (`LOCAL`, in v1 `UNKNOWN`)"},
-			asOptionalText("v1 or v2", checkProxyVersion, func(h *Handler) *string { return (*string)(&h.activeChecks().ProxyProtocol) })},
+			asOptionalText("v1, v2 or off", checkProxyOrOff, func(h *Handler) *string { return (*string)(&h.activeChecks().ProxyProtocol) })},
 
 		{spec{name: "health_initially_unhealthy", path: "health_checks.active.initially_unhealthy",
 			help: "a backend that is new is down until its first check has passed; a reload leaves those that there are"},
@@ -223,9 +223,10 @@ func checkDialogue(path string, h *Handler) error {
 	return nil
 }
 
-func checkProxyVersion(version string) error {
-	if !checks.ProxyVersion(version).Valid() {
-		return fmt.Errorf("%s: want v1 or v2", version)
+// checkProxyOrOff refuses what is no version of the PROXY protocol.
+func checkProxyOrOff(version string) error {
+	if version != string(proxyOff) && !checks.ProxyVersion(version).Valid() {
+		return fmt.Errorf("%s: want v1, v2 or off", version)
 	}
 	return nil
 }

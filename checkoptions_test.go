@@ -20,7 +20,7 @@ func TestCaddyfileSaysWhatIsMeantOfChecks(t *testing.T) {
 		"health_headers Host a":   "want the headers in a block, one a line",
 		"health_tls db:5432":      "want a server's name, or nothing for the backend's host",
 		"health_tls_ca a.pem":     "did you mean health_tls_trust_pool?",
-		"health_proxy_protocol 2": "health_proxy_protocol 2: want v1 or v2",
+		"health_proxy_protocol 2": "health_proxy_protocol 2: want v1, v2 or off",
 		`health_send "\q"`:        `there is no escape \q (there are \r \n \t \\ \" and \xNN)`,
 		`health_send "\x4"`:       `want two hexadecimal digits after \x`,
 		`health_send ""`:          "want a text to send, or to expect",
@@ -80,7 +80,7 @@ func TestJSONSaysWhatIsMeantOfChecks(t *testing.T) {
 		good + `"health_checks":{"active":{"tls":"db"}}`:                                    `health_checks.active.tls: want an object, found "db"`,
 		good + `"health_checks":{"active":{"tls":{"servername":"db"}}}`:                     `health_checks.active.tls: unknown field "servername": did you mean server_name?`,
 		good + `"health_checks":{"active":{"tls":{"ca":{"provider":"fil"}}}}`:               `health_checks.active.tls: loading the trust pool: `,
-		good + `"health_checks":{"active":{"proxy_protocol":"v3"}}`:                         `health_checks.active.proxy_protocol v3: want v1 or v2`,
+		good + `"health_checks":{"active":{"proxy_protocol":"v3"}}`:                         `health_checks.active.proxy_protocol v3: want v1, v2 or off`,
 		`"backends":[{"address":"unix//run/a.sock"}],"health_checks":{"active":{"tls":{}}}`: `health_checks.active.tls.server_name: backend "unix//run/a.sock" has no host`,
 		`"backends":[{"address":"a:80","health_port":70000}]`:                               `health_port 70000: want a number from 0 to 65535`,
 	} {

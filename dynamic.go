@@ -222,6 +222,9 @@ func (g *generation) judge(s *dynamicSource, found []discovery.Found) (members [
 		if err == nil && g.refuse != nil {
 			err = g.refuse(t)
 		}
+		if err == nil {
+			_, err = g.begins.unfit(t.String())
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("backend %q: %w", f.Address, err))
 			continue

@@ -19,7 +19,8 @@ type generation struct {
 	name         string
 	fingerprint  string // the settings in full, to tell two handlers of one name apart
 	config       []member
-	approach     *approach // of members that have none of their own; nil = a bare connect
+	begins       ApproachConfig // of members that say nothing of it, and …
+	approach     *approach      // … what it makes; nil = a bare connect
 	policy       SelectionPolicy
 	policyName   string
 	retries      int

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"go.uber.org/zap"
 )
@@ -101,7 +102,7 @@ type checker struct {
 func (b *Backend) checkLocked(a *assignment) {
 	if c := b.checker; c != nil && c.cancel != nil {
 		old := c.settings.Swap(a)
-		if old.checks != a.checks || old.port != a.port {
+		if old.checks != a.checks || old.question() != a.question() {
 			signal(c.changed)
 		}
 		return
@@ -315,11 +316,15 @@ func (c *checker) connect(ctx context.Context) error {
 	a := c.settings.Load()
 	c.asked = a.question()
 	t := c.backend.target
+	w, check := a.wire(t), a.inquiry.check
 	if a.port != 0 {
 		t = t.withPort(a.port)
 	}
-	if a.inquiry.check != nil {
-		return a.ask(ctx, t)
+	if check == nil && w != (checks.Wire{}) {
+		check = checks.Connect{}
+	}
+	if check != nil {
+		return a.ask(ctx, t, check, w)
 	}
 	conn, err := a.dial(ctx, t, a.checks.timeout)
 	if err != nil {

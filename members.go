@@ -116,7 +116,7 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 			b.stopCheckingLocked()
 		case ok && g.checks.enabled:
 			b.doubtLocked(g)
-			b.checkLocked(&assignment{g, m.checkPort(g)})
+			b.checkLocked(&assignment{g, m.checkPort(g), m.approach})
 		case ok: // no checks: nothing could bring a down backend up again
 			b.stopCheckingLocked()
 			b.fresh = false

@@ -174,7 +174,8 @@ type ActiveHealthChecks struct {
 	// handshake. Default: none.
 	TLS *checks.TLS `json:"tls,omitempty"`
 	// ProxyProtocol is the version, v1 or v2, of the PROXY header that checks begin
-	// with. Default: none.
+	// with, or off. Default: that of clients' connections, unless the checks go to
+	// another port.
 	ProxyProtocol checks.ProxyVersion `json:"proxy_protocol,omitempty"`
 }
 

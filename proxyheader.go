@@ -36,10 +36,3 @@ func plainTCP(a net.Addr) net.Addr {
 	}
 	return &net.TCPAddr{IP: ip.Unmap().AsSlice(), Port: tcp.Port}
 }
-
-func checkProxyOrOff(version string) error {
-	if version == string(proxyOff) {
-		return nil
-	}
-	return checkProxyVersion(version)
-}

@@ -66,6 +66,9 @@ func (h *Handler) check() error {
 	if err := checkAll(h, handlerOptions); err != nil {
 		return err
 	}
+	if _, err := h.misfit(); err != nil {
+		return err
+	}
 	_, err := h.conflict(func(option string) string { return named(handlerOptions, option).path })
 	return err
 }
@@ -181,7 +184,7 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 
 // enlist makes the backends that the config names members of g.
 func (h *Handler) enlist(g *generation) error {
-	g.approach = newApproach(h.ApproachConfig)
+	g.begins, g.approach = h.ApproachConfig, newApproach(h.ApproachConfig)
 	for _, b := range h.Backends {
 		t, err := parseTarget(b.Address)
 		if err != nil {
