@@ -22,7 +22,8 @@ type target struct {
 	host    string     // … a name, which is resolved at each connect, by …
 	name    *hostName  // … this; nil if it is none
 	port    uint16
-	text    string // of all that, in canonical form
+	text    string     // of all that, in canonical form
+	from    netip.Addr // of this machine, to connect from; not valid = any
 }
 
 // hasPlaceholder reports whether the address is known only when it is loaded.

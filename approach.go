@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
@@ -18,17 +19,23 @@ type ApproachConfig struct {
 	// learns the client's address; the health checks begin with one, too, unless they
 	// say otherwise. Default: off.
 	ProxyProtocol checks.ProxyVersion `json:"proxy_protocol,omitempty"`
+	// LocalAddress is the IP address of this machine to connect from, for health
+	// checks as for clients, or off. Placeholders are resolved once, when the config is
+	// loaded. Default: off, which is as the system routes.
+	LocalAddress string `json:"local_address,omitempty"`
 }
 
 // over returns c with what it leaves open as the handler's has it.
 func (c ApproachConfig) over(handlers ApproachConfig) ApproachConfig {
 	setDefault(&c.ProxyProtocol, handlers.ProxyProtocol)
+	setDefault(&c.LocalAddress, handlers.LocalAddress)
 	return c
 }
 
 // approach is how a connection to a backend begins, beyond its address. Nil is a
 // bare connect.
 type approach struct {
+	local netip.Addr          // to connect from; not valid = any
 	proxy checks.ProxyVersion // of the header that goes first; empty = none
 	text  string              // of all that
 }
@@ -38,11 +45,22 @@ func newApproach(c ApproachConfig) *approach {
 	if c.ProxyProtocol == proxyOff {
 		c.ProxyProtocol = ""
 	}
+	if c.LocalAddress == localOff {
+		c.LocalAddress = ""
+	}
 	if c == (ApproachConfig{}) {
 		return nil
 	}
 	text, _ := json.Marshal(c) // of plain values: it can't fail
-	return &approach{proxy: c.ProxyProtocol, text: string(text)}
+	return &approach{local: localAddress(c.LocalAddress), proxy: c.ProxyProtocol, text: string(text)}
+}
+
+// to returns the target as a connect of a's wants it.
+func (a *approach) to(t target) target {
+	if a != nil {
+		t.from = a.local
+	}
+	return t
 }
 
 // parties are the two ends of a client's connection to the balancer.

@@ -2,11 +2,17 @@ package tcplb
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/pires/go-proxyproto"
 	"github.com/stretchr/testify/require"
 )
@@ -141,4 +147,87 @@ func TestChecksFollowTheNewProxyHeader(t *testing.T) {
 	checked(t)
 	reload(t, config("v2"))
 	require.Equal(t, "v2 local", commandOf(t, seen))
+}
+
+// pipes is a network of backends none of which reads what is sent to it.
+type pipes struct {
+	mu  sync.Mutex
+	far []net.Conn // the backends' ends
+}
+
+func (p *pipes) dial(context.Context, target, time.Duration) (net.Conn, error) {
+	near, far := net.Pipe()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.far = append(p.far, far)
+	return near, nil
+}
+
+// A header that can't be sent is a failed connect: the next backend has the client.
+func TestProxyHeaderThatCanNotBeSent(t *testing.T) {
+	f := newFakeNet() // whose backends close at once
+	g, _ := testGeneration(t, f, func(h *Handler) {
+		h.Backends = []BackendConfig{{Address: one, ApproachConfig: ApproachConfig{ProxyProtocol: "v2"}}, {Address: two}}
+		checksOff(h)
+		h.passiveChecks().FailDuration = caddy.Duration(time.Minute)
+	})
+	g.start()
+	defer g.stop()
+	l, err := connect(g)
+	require.NoError(t, err)
+	defer l.release()
+	require.Equal(t, two, l.backend.address)
+	require.Equal(t, 2, l.attempts)
+	require.Len(t, l.failed, 1)
+	require.Equal(t, "sending the PROXY header: io: read/write on closed pipe", l.failed[0].err.Error())
+	failed := g.members()[0].Backend
+	require.EqualValues(t, 1, failed.stats.errors[dialOther].Load())
+	require.EqualValues(t, 1, failed.stats.retries.Load())
+	require.Zero(t, failed.stats.opened.Load())
+	require.Zero(t, failed.Load())
+	require.False(t, failed.Available(), "it fails clients")
+}
+
+// What stalls has no more than the connect's time, of which the connect is a part.
+func TestProxyHeaderThatStalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var p pipes
+		g, _ := testGeneration(t, newFakeNet(), func(h *Handler) {
+			h.Backends = backendList(one)
+			h.ProxyProtocol = "v1"
+			checksOff(h)
+		})
+		g.dial = func(ctx context.Context, to target, timeout time.Duration) (net.Conn, error) {
+			time.Sleep(time.Second)
+			return p.dial(ctx, to, timeout)
+		}
+		g.start()
+		defer g.stop()
+		began := time.Now()
+		_, err := connect(g)
+		require.ErrorContains(t, err, "sending the PROXY header: ")
+		require.Equal(t, defaultDialTimeout, time.Since(began))
+		require.EqualValues(t, 1, g.members()[0].Backend.stats.errors[dialTimeout].Load())
+		_, err = p.far[0].Read(make([]byte, 1))
+		require.Equal(t, io.EOF, err, "it is closed")
+	})
+}
+
+// The end of the client's patience ends it.
+func TestProxyHeaderIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gone := errors.New("gone")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		near, far := net.Pipe()
+		defer far.Close()
+		began := time.Now()
+		time.AfterFunc(time.Second, func() { cancel(gone) })
+		a := newApproach(ApproachConfig{ProxyProtocol: "v2"})
+		conn, err := a.open(ctx, near, began.Add(time.Minute), parties{})
+		require.Nil(t, conn)
+		require.Error(t, err)
+		require.Equal(t, time.Second, time.Since(began))
+		_, err = near.Write([]byte("x"))
+		require.ErrorIs(t, err, io.ErrClosedPipe, "it is closed")
+	})
 }

@@ -23,6 +23,7 @@ import (
 //			max_connections <number>
 //			health_port <port>
 //			proxy_protocol v1|v2|off
+//			local_address <address>|off
 //		}]
 //		dynamic <source> [...]
 //		lb_policy <policy> [...]
@@ -54,6 +55,7 @@ import (
 //		fail_duration <duration>
 //		max_fails <number>
 //		proxy_protocol v1|v2|off
+//		local_address <address>|off
 //		max_connections <number>
 //		max_connections_per_client <number>
 //		dial_timeout <duration>

@@ -249,6 +249,7 @@ var validOptions = map[string]string{
 	"health_proxy_protocol": "v2",
 	"health_check":          "always",
 	"proxy_protocol":        "v2",
+	"local_address":         "127.0.0.5",
 	"max_connections":       "5000",
 	"dial_timeout":          "1s",
 	"idle_timeout":          "1s",
@@ -280,7 +281,7 @@ func withNeeded(option string, lines ...string) []string {
 }
 
 var (
-	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008", "proxy_protocol": "v1"}
+	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008", "proxy_protocol": "v1", "local_address": "127.0.0.6"}
 	validGlobalOptions  = map[string]string{"handshake_timeout": "5s", "shutdown_delay": "10s"}
 )
 

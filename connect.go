@@ -208,8 +208,9 @@ func (s *search) round(g *generation) (*generation, error) {
 func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error) {
 	began := time.Now()
 	p := newPatience(s, began)
-	conn, err := g.dial(p, b.target, g.dialTimeout)
-	if a := b.approach.Load(); a != nil && err == nil {
+	a := b.approach.Load()
+	conn, err := g.dial(p, a.to(b.target), g.dialTimeout)
+	if a != nil && err == nil {
 		conn, err = a.open(p, conn, began.Add(g.dialTimeout), s.request.parties())
 	}
 	took := time.Since(began)

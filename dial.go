@@ -54,7 +54,7 @@ func dialTarget(ctx context.Context, t target, timeout time.Duration) (net.Conn,
 	case t.unix != "":
 		return connectUnix(ctx, t.unix, deadline)
 	}
-	return connectTCP(ctx, netip.AddrPortFrom(t.literal, t.port), deadline)
+	return connectFrom(ctx, t.from, netip.AddrPortFrom(t.literal, t.port), deadline)
 }
 
 func dialName(ctx context.Context, t target, deadline time.Time) (net.Conn, error) {
@@ -64,7 +64,15 @@ func dialName(ctx context.Context, t target, deadline time.Time) (net.Conn, erro
 	if err != nil {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: err}
 	}
-	conn, err := connectAny(ctx, addrs, t.port, deadline, connectTCP)
+	if t.from.IsValid() {
+		if addrs = ofFamily(addrs, t.from); len(addrs) == 0 {
+			err := &net.DNSError{Err: "no " + family(t.from) + " address, as local_address " + t.from.String() + " is", Name: t.host}
+			return nil, &net.OpError{Op: "dial", Net: "tcp", Err: err}
+		}
+	}
+	conn, err := connectAny(ctx, addrs, t.port, deadline, func(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
+		return connectFrom(ctx, t.from, to, deadline)
+	})
 	if err != nil {
 		if trouble := t.name.troubled(); trouble != "" {
 			err = fmt.Errorf("%w (%s)", err, trouble)

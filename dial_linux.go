@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// connectTCP connects to one address, by the deadline. Go's poller gets to know
-// nothing of it.
-func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
-	return connected(socket.Connect(to, deadline, awaitUnder(ctx)))
+// connectTCP connects to one address, by the deadline; from one of this machine
+// where that is valid. Go's poller gets to know nothing of it.
+func connectTCP(ctx context.Context, from netip.Addr, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
+	return connected(socket.ConnectFrom(from, to, deadline, awaitUnder(ctx)))
 }
 
 func connectUnix(ctx context.Context, path string, deadline time.Time) (net.Conn, error) {

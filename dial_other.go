@@ -9,13 +9,18 @@ import (
 	"time"
 )
 
-// connectTCP connects to one address, by the deadline.
+// connectTCP connects to one address, by the deadline; from one of this machine
+// where that is valid.
 //
 // It does not use Dialer.DialTCP, which binds the local end even to no address
 // in particular: a port taken by bind serves one connection only, one taken by
 // connect serves one to each destination.
-func connectTCP(ctx context.Context, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
-	return dialer(deadline).DialContext(ctx, "tcp", to.String())
+func connectTCP(ctx context.Context, from netip.Addr, to netip.AddrPort, deadline time.Time) (net.Conn, error) {
+	d := dialer(deadline)
+	if from.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+	}
+	return d.DialContext(ctx, "tcp", to.String())
 }
 
 func connectUnix(ctx context.Context, path string, deadline time.Time) (net.Conn, error) {

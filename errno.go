@@ -39,7 +39,7 @@ func lacksPorts(err error) bool {
 		return true
 	}
 	to, ok := dial.Addr.(*net.TCPAddr)
-	if !ok {
+	if !ok || dial.Source != nil { // the latter is there, or bind would have said so
 		return true
 	}
 	c, err := net.DialUDP("udp", nil, &net.UDPAddr{IP: to.IP, Port: to.Port, Zone: to.Zone})

@@ -315,7 +315,7 @@ func (c *checker) queue() queue {
 func (c *checker) connect(ctx context.Context) error {
 	a := c.settings.Load()
 	c.asked = a.question()
-	t := c.backend.target
+	t := a.approach.to(c.backend.target)
 	w, check := a.wire(t), a.inquiry.check
 	if a.port != 0 {
 		t = t.withPort(a.port)

@@ -92,6 +92,7 @@ var meantOptions = map[string]string{
 
 	"tls": noTLS, "ssl": noTLS, "proxy_ssl": noTLS, "transport": noTLS,
 	"send_proxy": meantProxy, "send_proxy_v2": meantProxy, "sendproxy": meantProxy, "proxy_header": meantProxy, "haproxy": meantProxy,
+	"bind_address": "local_address", "bind": "local_address", "proxy_bind": "local_address", "source_address": "local_address", "local_addr": "local_address", "usesrc": "local_address",
 	"mode": notNeeded, "option": notNeeded, "protocol": notNeeded, "network": notNeeded,
 }
 

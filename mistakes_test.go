@@ -170,7 +170,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		})
 	}
 	for option, want := range map[string]string{
-		"max_conns 30":  "did you mean max_connections? (there are backup, health_port, max_connections, proxy_protocol, weight)",
+		"max_conns 30":  "did you mean max_connections? (there are backup, health_port, local_address, max_connections, proxy_protocol, weight)",
 		"wieght 3":      "did you mean weight?",
 		"backups":       "did you mean backup?",
 		"down":          "take the backend out of the config",
@@ -214,7 +214,7 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		`"backends":"a:80"`:                                            `backends: want a list such as [{"address":"host:port"}], found "a:80"`,
 		`"backends":{"address":"a:80"}`:                                `backends: want a list`,
 		`"backend":[{"address":"a:80"}]`:                               `unknown field "backend": did you mean backends? (there are access_log, access_log_connects, `,
-		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, health_port, max_connections, proxy_protocol, weight)`,
+		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, health_port, local_address, max_connections, proxy_protocol, weight)`,
 		`"backends":[{"address":"a:80","weight":"3"}]`:                 `backends[0].weight "3": want a number, without quotes`,
 		`"backends":[{"address":"a:80","wieght":3}]`:                   `backends[0]: unknown field "wieght": did you mean weight?`,
 		`"backends":[{"address":"a:80","weight":1.5}]`:                 `backends[0].weight 1.5: want a whole number`,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"syscall"
@@ -90,4 +91,43 @@ func TestLocalPortsRunOut(t *testing.T) {
 	_, err = dial(fmt.Sprintf("[::1]:%s", port))
 	require.ErrorIs(t, err, syscall.EADDRNOTAVAIL)
 	require.False(t, isScarcity(err), "that backend can't be reached for as long as it lasts")
+}
+
+// Connections from one local address take a port for each destination, as others
+// do, and not for themselves alone.
+func TestLocalPortsOfALocalAddress(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	bringUp(t)
+	sysctl(t, "ipv4/ip_local_port_range", "40000 40003")
+	for from, host := range map[string]string{"127.0.0.5": "127.0.0.1", "::1": "::1"} {
+		var last error
+		for _, port := range []string{"5001", "5002", "5003"} {
+			ln, err := net.Listen("tcp", net.JoinHostPort(host, port))
+			if err != nil && from == "::1" {
+				break // no IPv6
+			}
+			require.NoError(t, err)
+			defer ln.Close()
+			to, err := parseTarget(ln.Addr().String())
+			require.NoError(t, err)
+			to.from = netip.MustParseAddr(from)
+			opened := 0
+			for last = nil; last == nil && opened < 5; {
+				var c net.Conn
+				if c, last = dialTarget(context.Background(), to, hangTimeout); last == nil {
+					defer c.Close()
+					opened++
+				}
+			}
+			require.Equal(t, 4, opened, "each destination has all ports")
+		}
+		if last == nil {
+			continue
+		}
+		require.ErrorIs(t, last, syscall.EADDRNOTAVAIL)
+		require.NotErrorIs(t, last, errNotHere)
+		require.True(t, isScarcity(last), "it says nothing of the backend")
+	}
 }

@@ -49,6 +49,9 @@ func (h *Handler) fill() error {
 		return fmt.Errorf("tcp_lb %q: name: %w", h.Name, err)
 	}
 	h.Name = name
+	if err := h.resolve(repl); err != nil {
+		return fmt.Errorf("tcp_lb %q: %w", h.Name, err)
+	}
 	for i := range h.Backends {
 		b := &h.Backends[i]
 		address, err := repl.ReplaceOrErr(b.Address, true, true)
@@ -56,6 +59,9 @@ func (h *Handler) fill() error {
 			return fmt.Errorf("tcp_lb %q: backend %q: %w", h.Name, b.Address, err)
 		}
 		b.Address = address
+		if err := b.resolve(repl); err != nil {
+			return fmt.Errorf("tcp_lb %q: backend %q: %w", h.Name, b.Address, err)
+		}
 		fillIn(b, backendOptions)
 	}
 	return nil

@@ -15,11 +15,26 @@ import (
 // taken by bind serves one connection only, one taken by connect serves one to
 // each destination.
 func Connect(to netip.AddrPort, deadline time.Time, await Await) (*Conn, error) {
+	return ConnectFrom(netip.Addr{}, to, deadline, await)
+}
+
+// ConnectFrom does the same from an address of this host; that which is not valid
+// is any. The port is chosen by connect.
+func ConnectFrom(from netip.Addr, to netip.AddrPort, deadline time.Time, await Await) (*Conn, error) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	remote := net.TCPAddrFromAddrPort(to)
 	family, sa := sockaddrOf(to)
+	var (
+		source net.Addr
+		local  unix.Sockaddr
+	)
+	if from.IsValid() {
+		at := netip.AddrPortFrom(from.Unmap(), 0)
+		source = net.TCPAddrFromAddrPort(at)
+		_, local = sockaddrOf(at)
+	}
 	for try := 1; ; try++ {
-		fd, err := open(family, sa, deadline, await)
+		fd, err := open(family, local, sa, deadline, await)
 		if err == nil {
 			c := &Conn{network: "tcp", remote: remote, fd: fd}
 			if err = c.meet(to); err == nil {
@@ -28,7 +43,7 @@ func Connect(to netip.AddrPort, deadline time.Time, await Await) (*Conn, error) 
 			_ = unix.Close(fd)
 		}
 		if try == connects || err != errConnectedToItself && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: remote, Err: err}
+			return nil, &net.OpError{Op: "dial", Net: "tcp", Source: source, Addr: remote, Err: err}
 		}
 	}
 }
@@ -64,7 +79,7 @@ func (c *Conn) meet(to netip.AddrPort) error {
 // abstract name.
 func ConnectUnix(path string, deadline time.Time, await Await) (*Conn, error) {
 	remote := &net.UnixAddr{Name: path, Net: "unix"}
-	fd, err := open(unix.AF_UNIX, &unix.SockaddrUnix{Name: path}, deadline, await)
+	fd, err := open(unix.AF_UNIX, nil, &unix.SockaddrUnix{Name: path}, deadline, await)
 	if err != nil {
 		return nil, &net.OpError{Op: "dial", Net: "unix", Addr: remote, Err: err}
 	}
@@ -78,14 +93,22 @@ func sockaddrOf(to netip.AddrPort) (family int, sa unix.Sockaddr) {
 	return unix.AF_INET6, &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16(), ZoneId: zones.id(to.Addr().Zone())}
 }
 
-// open makes a socket and connects it.
-func open(family int, to unix.Sockaddr, deadline time.Time, await Await) (fd int, err error) {
+// open makes a socket and connects it, from an address where one is given.
+func open(family int, from, to unix.Sockaddr, deadline time.Time, await Await) (fd int, err error) {
 	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}
 	if family != unix.AF_UNIX {
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+	if from != nil {
+		// Without the option bind takes a port, of which each serves one connection only.
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+		if err := unix.Bind(fd, from); err != nil {
+			_ = unix.Close(fd)
+			return -1, os.NewSyscallError("bind", err)
+		}
 	}
 	switch err = unix.Connect(fd, to); err {
 	case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:

@@ -2,10 +2,12 @@ package socket
 
 import (
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -69,6 +71,81 @@ func TestConnect(t *testing.T) {
 	}
 }
 
+func TestConnectFrom(t *testing.T) {
+	for _, c := range []struct{ listen, from, want string }{
+		{"127.0.0.1:0", "127.0.0.5", "127.0.0.5"},
+		{"127.0.0.1:0", "::ffff:127.0.0.5", "127.0.0.5"},
+		{"[::1]:0", "::1", "::1"},
+	} {
+		t.Run(c.from, func(t *testing.T) {
+			l := listen(t, c.listen)
+			conn, err := ConnectFrom(netip.MustParseAddr(c.from), addrPort(t, l.Addr()), time.Time{}, unexpected)
+			require.NoError(t, err)
+			defer conn.Close()
+			peer, err := l.Accept()
+			require.NoError(t, err)
+			defer peer.Close()
+			require.Equal(t, c.want, conn.LocalAddr().(*net.TCPAddr).IP.String())
+			require.Equal(t, peer.RemoteAddr().String(), conn.LocalAddr().String())
+			require.Equal(t, 1, optionOf(t, conn.descriptor(t), Option{Level: unix.IPPROTO_IP, Name: unix.IP_BIND_ADDRESS_NO_PORT}))
+		})
+	}
+}
+
+// Send writes it all, waits where there is no room, and leaves the descriptor what it
+// was.
+func TestSend(t *testing.T) {
+	c, peer := pair(t)
+	require.NoError(t, c.Send([]byte("x"), time.Time{}, unexpected))
+	expect(t, peer, "x")
+	require.False(t, polled(t, c.descriptor(t)))
+
+	filled := 0
+	for b := make([]byte, 64<<10); ; {
+		n, err := unix.Write(c.descriptor(t), b)
+		if err == unix.EAGAIN {
+			break
+		}
+		require.NoError(t, err)
+		filled += n
+	}
+	deadline := time.Now().Add(20 * time.Millisecond)
+	err := c.Send([]byte("y"), deadline, polling)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.EqualError(t, err, "write tcp "+peer.LocalAddr().String()+": i/o timeout")
+
+	waits := 0
+	long := strings.Repeat("z", 100<<10)
+	require.NoError(t, c.Send([]byte(long), time.Time{}, func(fd int, _ time.Time) error {
+		waits++
+		_, err := io.CopyN(io.Discard, peer, int64(min(filled, 256<<10)))
+		filled -= min(filled, 256<<10)
+		return err
+	}))
+	require.Positive(t, waits)
+	_, err = io.CopyN(io.Discard, peer, int64(filled))
+	require.NoError(t, err)
+	expect(t, peer, long)
+
+	require.NoError(t, peer.SetLinger(0))
+	require.NoError(t, peer.Close())
+	require.NoError(t, polling(c.descriptor(t), time.Now().Add(hangTimeout)))
+	err = c.Send([]byte("x"), time.Time{}, unexpected)
+	require.True(t, errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE), "%v", err)
+}
+
+// One that is a socket of Go's already writes as those do.
+func TestSendOnReal(t *testing.T) {
+	c, peer := pair(t)
+	_, err := c.Real()
+	require.NoError(t, err)
+	require.NoError(t, c.Send([]byte("x"), time.Now().Add(hangTimeout), unexpected))
+	expect(t, peer, "x")
+	require.ErrorIs(t, c.Send([]byte("x"), time.Unix(1, 0), unexpected), os.ErrDeadlineExceeded)
+	write(t, c, "y")
+	expect(t, peer, "y")
+}
+
 func TestConnectUnix(t *testing.T) {
 	dir := t.TempDir()
 	for name, path := range map[string]string{"a path": filepath.Join(dir, "x"), "an abstract name": "@" + filepath.Join(dir, "x")} {
@@ -106,6 +183,11 @@ func TestConnectErrors(t *testing.T) {
 	closed := addrPort(t, l.Addr())
 	require.NoError(t, l.Close())
 	dir := t.TempDir()
+	from := netip.MustParseAddr("192.0.2.9")
+	_, want := (&net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))}).Dial("tcp", closed.String())
+	_, err := ConnectFrom(from, closed, time.Time{}, unexpected)
+	require.EqualError(t, err, want.Error())
+	require.ErrorIs(t, err, syscall.EADDRNOTAVAIL)
 	for name, c := range map[string]struct {
 		network, address string
 		errno            error

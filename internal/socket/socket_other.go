@@ -26,6 +26,11 @@ func Connect(netip.AddrPort, time.Time, Await) (*Conn, error) {
 	return nil, errors.ErrUnsupported
 }
 
+// ConnectFrom is Linux's only, too.
+func ConnectFrom(netip.Addr, netip.AddrPort, time.Time, Await) (*Conn, error) {
+	return nil, errors.ErrUnsupported
+}
+
 // ConnectUnix is Linux's only, too.
 func ConnectUnix(string, time.Time, Await) (*Conn, error) {
 	return nil, errors.ErrUnsupported
