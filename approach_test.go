@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/loop"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/pires/go-proxyproto"
 	"github.com/stretchr/testify/require"
@@ -48,9 +49,10 @@ func TestProxyHeaderTellsTheClient(t *testing.T) {
 	for version, number := range map[string]byte{"v1": 1, "v2": 2} {
 		for _, network := range []string{"", "tcp_lb/"} {
 			t.Run(version+network, func(t *testing.T) {
+				watchLeftovers(t)
 				s, seen := headedServer(t)
 				lb := freeAddress(t)
-				runCaddy(t, lbConfig(network+lb, fmt.Sprintf(`{%s,"proxy_protocol":%q,%s}`, backendsJSON(s.address), version, uncheckedJSON)))
+				runCaddy(t, lbConfig(network+lb, fmt.Sprintf(`{%s,"proxy_protocol":%q,"local_address":"127.0.0.1",%s}`, backendsJSON(s.address), version, uncheckedJSON)))
 				c := hold(t, lb)
 				got := next(t, seen)
 				require.NoError(t, got.err)
@@ -58,6 +60,9 @@ func TestProxyHeaderTellsTheClient(t *testing.T) {
 				require.Equal(t, proxyproto.PROXY, got.header.Command)
 				require.Equal(t, c.LocalAddr().String(), got.header.SourceAddr.String())
 				require.Equal(t, lb, got.header.DestinationAddr.String())
+				if network != "" && loop.Available {
+					require.Equal(t, map[string]int{"*relay.Looped": 1}, relaysOf(t), "it costs no more than others")
+				}
 				require.NoError(t, c.CloseWrite())
 				expectEOF(t, c)
 				require.NoError(t, c.Close())
