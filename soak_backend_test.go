@@ -101,11 +101,11 @@ func (s *soak) addBackend(ln net.Listener, limit int) *soakBackend {
 }
 
 func (b *soakBackend) serve(c *net.TCPConn) {
-	kind := make([]byte, 1)
-	if _, err := io.ReadFull(c, kind); err != nil {
+	kind, ok := b.greet(c)
+	if !ok {
 		return
 	}
-	switch kind[0] {
+	switch kind {
 	case soakShort, soakStream, soakRequest, soakDownload, soakReset:
 		b.receive(c)
 		defer b.bid(c)
@@ -113,7 +113,7 @@ func (b *soakBackend) serve(c *net.TCPConn) {
 	b.stall.RLock()
 	_, _ = c.Write([]byte{b.id})
 	b.stall.RUnlock()
-	switch kind[0] {
+	switch kind {
 	case soakShort:
 		_, _ = io.WriteString(c, "ok")
 	case soakStream, soakAbort:

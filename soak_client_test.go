@@ -48,6 +48,7 @@ func (c *soakClient) run(lb string) error {
 	}
 	defer conn.Close()
 	c.conn = conn.(*net.TCPConn)
+	arrive(conn)
 	c.record = soakRecord{client: conn.LocalAddr().String()}
 	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
 	if c.kind == soakLeave {

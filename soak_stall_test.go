@@ -54,6 +54,7 @@ func (s *soak) stall(rnd *rand.Rand) {
 		return
 	}
 	defer conn.Close()
+	arrive(conn)
 	c.conn = conn.(*net.TCPConn)
 	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
 	kind, count := "a download nobody reads", &s.stalled.completed

@@ -24,7 +24,8 @@ var (
 // TestSoak drives everything at once, at random: clients of all kinds, backends
 // that die, stall and come back, moments without any, reloads and loads that
 // fail, each with another policy, states and weights set by hand, connections cut
-// by hand, and answers of DNS. A client may fail only if something happened to its
+// by hand, and answers of DNS, with and without PROXY headers to the backends, which
+// know who has come. A client may fail only if something happened to its
 // backend, and never take a cut stream for a complete one. No connection goes to a
 // backend that takes none, to a backup beside others, or over a backend's limit. In
 // the end every connection has one line in the access log, which agrees with its
@@ -121,6 +122,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 	}
 	s.names.answer(strings.TrimSuffix(soakName, "."), s.answers()...)
 	soakLog.reset()
+	soakArrivals.Clear()
 	t.Cleanup(forgetHands)
 	members := s.drawMembers(false)
 	runCaddy(t, s.configOf(members, s.drain, ""))
@@ -158,16 +160,17 @@ func (s *soak) configOf(members []soakMember, drain, more string) string {
 		list = append(list, fmt.Sprintf(`{"address":%q,"weight":%d,"backup":%v,"max_connections":%d}`, m.address, m.weight, m.backup, m.limit))
 	}
 	policy := soakPolicies[s.rnd.IntN(len(soakPolicies))]
+	header := fmt.Sprintf(`"proxy_protocol":%q,`, soakHeaders[s.rnd.IntN(len(soakHeaders))])
 	server := func(listen, match, before, name, more string) string {
 		return fmt.Sprintf(`%q:{"listen":["tcp_lb/%s"],"routes":[{%s"handle":[%s{"handler":"tcp_lb","name":%q,"drain_timeout":%q,"access_log":true,"access_log_connects":true,"access_log_interval":"1s",
 			"load_balancing":{"selection_policy":{"policy":%q},"retries":10,"try_duration":"30s","try_interval":"10ms"},%s,%s%s,"backends":[%s]}]}]}`,
 			listen, listen, match, before, name, drain, policy, fastChecks, more, s.source(), strings.Join(list, ","))
 	}
-	config := layer4Config(server(s.lb, "", "", soakPool, more) + "," +
-		server(s.wrapped, "", `{"handler":"throttle","read_bytes_per_second":1e9,"read_burst_size":1000000},`, soakPool, more) + "," +
-		server(s.silences, `"match":[{"tls":{}}],`, "", soakPool, more) + "," +
-		server(s.crowd, "", "", crowdPool, more+crowdOptions) + "," +
-		server(s.stalls, "", "", stallPool, more+stallOptions))
+	config := layer4Config(server(s.lb, "", "", soakPool, header+more) + "," +
+		server(s.wrapped, "", `{"handler":"throttle","read_bytes_per_second":1e9,"read_burst_size":1000000},`, soakPool, header+more) + "," +
+		server(s.silences, `"match":[{"tls":{}}],`, "", soakPool, header+more) + "," +
+		server(s.crowd, "", "", crowdPool, header+more+crowdOptions) + "," +
+		server(s.stalls, "", "", stallPool, stallHeader+more+stallOptions))
 	config = strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb":{"handshake_timeout":"1s"},`, 1)
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+
 		`"encoder":{"format":"json"},"include":["layer4.handlers.tcp_lb.access"]},`, 1)
