@@ -57,7 +57,7 @@ func (c ApproachConfig) unfit(address string) (option string, err error) {
 func (h *Handler) misfit() (option string, err error) {
 	for _, b := range h.Backends {
 		if option, err := b.ApproachConfig.over(h.ApproachConfig).unfit(b.Address); err != nil {
-			return option, fmt.Errorf("backend %q: %w: leave that out, or write %s off in its block", b.Address, err, option)
+			return option, fmt.Errorf("backend %q: %w: leave that out, or have %s off for it", b.Address, err, option)
 		}
 	}
 	return "", nil

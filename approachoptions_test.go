@@ -24,10 +24,10 @@ func TestCaddyfileSaysWhatIsMeantOfApproaches(t *testing.T) {
 		{[]string{"local_address 10.0.0.9:80"}, 1, "local_address 10.0.0.9:80: want an IP address without a port"},
 		{[]string{"local_address 10.0.0.9 10.0.0.8"}, 1, `local_address 10.0.0.9: one value is enough, found "10.0.0.8"`},
 		{[]string{"proxy_bind 10.0.0.9"}, 1, "did you mean local_address?"},
-		{[]string{"local_address 10.0.0.9", "backend unix//run/a.sock"}, 1, `backend "unix//run/a.sock": local_address 10.0.0.9: a Unix socket is not connected to from an IP address: leave that out, or write local_address off in its block`},
-		{[]string{"local_address 10.0.0.9", "backend [::1]:80"}, 1, `backend "[::1]:80": local_address 10.0.0.9 is an IPv4 address, and this an IPv6 one: leave that out, or write local_address off in its block`},
+		{[]string{"local_address 10.0.0.9", "backend unix//run/a.sock"}, 1, `backend "unix//run/a.sock": local_address 10.0.0.9: a Unix socket is not connected to from an IP address: leave that out, or have local_address off for it`},
+		{[]string{"local_address 10.0.0.9", "backend [::1]:80"}, 1, `backend "[::1]:80": local_address 10.0.0.9 is an IPv4 address, and this an IPv6 one: leave that out, or have local_address off for it`},
 		{[]string{"backend 10.0.0.1:80 {", "\tlocal_address fd00::9", "}"}, 2, `backend 10.0.0.1:80: local_address fd00::9 is an IPv6 address, and this an IPv4 one`},
-		{[]string{"proxy_protocol v2", "backend unix//run/a.sock"}, 1, `backend "unix//run/a.sock": proxy_protocol v2: a Unix socket gets no PROXY header: leave that out, or write proxy_protocol off in its block`},
+		{[]string{"proxy_protocol v2", "backend unix//run/a.sock"}, 1, `backend "unix//run/a.sock": proxy_protocol v2: a Unix socket gets no PROXY header: leave that out, or have proxy_protocol off for it`},
 		{[]string{"backend unix//run/a.sock {", "\tweight 2", "\tproxy_protocol v1", "}"}, 3, `backend unix//run/a.sock: proxy_protocol v1: a Unix socket gets no PROXY header`},
 	} {
 		t.Run(c.want, func(t *testing.T) {

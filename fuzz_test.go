@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -60,7 +61,7 @@ func FuzzCaddyfile(f *testing.F) {
 		var again Handler
 		require.NoError(t, caddy.StrictUnmarshalJSON(raw, &again))
 		require.Equal(t, h, again)
-		if hasPlaceholder(h.Name) || slices.ContainsFunc(h.Backends, func(b BackendConfig) bool { return hasPlaceholder(b.Address) }) {
+		if slices.ContainsFunc(placed(&h), hasPlaceholder) {
 			return
 		}
 		require.NoError(t, again.fill())
@@ -88,7 +89,7 @@ func FuzzJSON(f *testing.F) {
 		if caddy.StrictUnmarshalJSON(raw, &h) != nil {
 			return
 		}
-		if strings.Contains(h.Name, "{file.") || slices.ContainsFunc(h.Backends, func(b BackendConfig) bool { return strings.Contains(b.Address, "{file.") }) {
+		if slices.ContainsFunc(placed(&h), func(s string) bool { return strings.Contains(s, "{file.") }) {
 			return // it would read this machine's files
 		}
 		if h.fill() != nil || h.check() != nil {
@@ -98,6 +99,31 @@ func FuzzJSON(f *testing.F) {
 		_, err := h.fingerprint()
 		require.NoError(t, err)
 	})
+}
+
+// placed are the texts in which placeholders are resolved.
+func placed(h *Handler) []string {
+	list := []string{h.Name, h.LocalAddress}
+	for _, b := range h.Backends {
+		list = append(list, b.Address, b.LocalAddress)
+	}
+	return list
+}
+
+// requireApproach wants what a backend can be connected to by.
+func requireApproach(t testing.TB, c ApproachConfig, to ...target) {
+	t.Helper()
+	require.Contains(t, []checks.ProxyVersion{"", "off", "v1", "v2"}, c.ProxyProtocol)
+	if c.LocalAddress == "" || c.LocalAddress == "off" {
+		return
+	}
+	local, err := netip.ParseAddr(c.LocalAddress)
+	require.NoError(t, err)
+	require.Equal(t, c.LocalAddress, local.Unmap().String(), "in canonical form")
+	for _, each := range to {
+		require.Empty(t, each.unix)
+		require.True(t, !each.literal.IsValid() || each.literal.Is4() == local.Is4(), "%s from %s", each, local)
+	}
 }
 
 // requireInRange has the documented range of every setting, with the defaults
@@ -123,6 +149,7 @@ func requireInRange(t testing.TB, h *Handler) {
 		requireScrapable(t, h.Name, target.String())
 		number("weight", *b.Weight, 0, 256)
 		number("health_port", b.HealthPort, 0, 65535)
+		requireApproach(t, b.ApproachConfig.over(h.ApproachConfig), target)
 	}
 	lb, a := h.LoadBalancing, h.HealthChecks.Active
 	require.NotEmpty(t, lb.SelectionPolicyRaw)
@@ -149,7 +176,8 @@ func requireInRange(t testing.TB, h *Handler) {
 	for _, s := range a.Dialogue {
 		require.NotEqual(t, s.Send == "", s.Expect == "", "a step is one of two")
 	}
-	require.Contains(t, []checks.ProxyVersion{"", "v1", "v2"}, a.ProxyProtocol)
+	requireApproach(t, h.ApproachConfig)
+	require.Contains(t, []checks.ProxyVersion{"", "off", "v1", "v2"}, a.ProxyProtocol)
 	atLeast("fail_duration", h.passiveChecks().FailDuration, 0)
 	number("max_fails", h.passiveChecks().MaxFails, 0, 1000)
 	if h.CloseIfUnhealthy != nil {

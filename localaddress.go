@@ -67,7 +67,7 @@ func checkLocalAddress(text string) error {
 		return fmt.Errorf("%s: want an IP address without a port, which the system chooses", text)
 	}
 	switch a = a.Unmap(); {
-	case err != nil:
+	case err != nil, checkText(text) != nil:
 		return fmt.Errorf("%s: want an IP address of this machine, such as 10.0.0.9, or off", text)
 	case a.IsUnspecified():
 		return fmt.Errorf("%s: leave it out for any address of this machine", text)
