@@ -3,11 +3,14 @@
 package tcplb
 
 import (
+	"bufio"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -49,11 +52,14 @@ func readHTTP(t testing.TB, c net.Conn) string {
 	return strings.TrimSpace(body)
 }
 
-func bothEnds(client, local string) string { return client + " " + local }
-
 func hostOnly(client, _ string) string {
 	host, _, _ := net.SplitHostPort(client)
 	return host
+}
+
+// withoutBrackets has none around an IPv6 address.
+func withoutBrackets(client, local string) string {
+	return strings.NewReplacer("[", "", "]", "").Replace(client + " " + local)
 }
 
 func writeConfig(t testing.TB, dir, name, text string) (path string) {
@@ -65,7 +71,7 @@ func writeConfig(t testing.TB, dir, name, text string) (path string) {
 
 func nginxWantsProxy(t *testing.T) *proxyReader {
 	requirePrograms(t, "/usr/sbin", "nginx", "nginx")
-	s := &proxyReader{unwanted: []string{"broken header"}, whoIs: readHTTP, tells: bothEnds}
+	s := &proxyReader{unwanted: []string{"broken header"}, whoIs: readHTTP, tells: withoutBrackets}
 	dir := t.TempDir()
 	s.address, s.log = freeAddress(t), filepath.Join(dir, "error.log")
 	path := writeConfig(t, dir, "nginx.conf", fmt.Sprintf(`daemon off; master_process off; pid %[1]s/pid; error_log %[1]s/error.log info;
@@ -84,7 +90,7 @@ http {
 
 func haproxyWantsProxy(t *testing.T) *proxyReader {
 	requirePrograms(t, "/usr/sbin", "haproxy", "haproxy")
-	s := &proxyReader{unwanted: []string{"PROXY", "Timeout"}, whoIs: readHTTP, tells: bothEnds}
+	s := &proxyReader{unwanted: []string{"PROXY", "Timeout"}, whoIs: readHTTP, tells: withoutBrackets}
 	s.address = freeAddress(t)
 	path := writeConfig(t, t.TempDir(), "haproxy.cfg", fmt.Sprintf(`global
 	maxconn 100
@@ -106,17 +112,12 @@ frontend f
 // Dovecot's client logs in, and finds its address in the log.
 func dovecotWantsProxy(t *testing.T) *proxyReader {
 	requirePrograms(t, "/usr/sbin", "dovecot-imapd", "dovecot")
+	requireRoot(t)
 	if version := (command{name: "dovecot", args: []string{"--version"}}).run(t); !strings.HasPrefix(version, "2.3.") {
 		skipWithout(t, "dovecot 2.3, whose config this is, and not "+version)
 	}
-	if os.Geteuid() != 0 {
-		skipWithout(t, "root, which dovecot begins as")
-	}
 	s := &proxyReader{unwanted: []string{"haproxy"}, tells: hostOnly}
-	dir, err := os.MkdirTemp("", "tcplb") // t.TempDir is for the test's user only
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
-	require.NoError(t, os.Chmod(dir, 0o755))
+	dir := publicDir(t)
 	s.address, s.log = freeAddress(t), filepath.Join(dir, "log")
 	path := writeConfig(t, dir, "dovecot.conf", fmt.Sprintf(`protocols = imap
 base_dir = %[1]s/run
@@ -168,20 +169,90 @@ service imap-login {
 	return s
 }
 
+// Postfix turns everybody away, by their address.
+func postfixWantsProxy(t *testing.T) *proxyReader {
+	requirePrograms(t, "/usr/lib/postfix/sbin", "postfix", "master", "postfix")
+	requireRoot(t)
+	s := &proxyReader{unwanted: []string{"haproxy"}, tells: hostOnly}
+	dir := publicDir(t)
+	s.address, s.log = freeAddress(t), filepath.Join(dir, "log")
+	for _, each := range []string{"spool", "data"} {
+		require.NoError(t, os.Mkdir(filepath.Join(dir, each), 0o755))
+	}
+	writeConfig(t, dir, "main.cf", fmt.Sprintf(`compatibility_level = 3.6
+queue_directory = %[1]s/spool
+data_directory = %[1]s/data
+daemon_directory = /usr/lib/postfix/sbin
+maillog_file = %[1]s/log
+maillog_file_prefixes = %[1]s
+inet_interfaces = 127.0.0.1
+mydestination =
+alias_maps =
+alias_database =
+local_recipient_maps =
+smtpd_upstream_proxy_protocol = haproxy
+smtpd_peername_lookup = no
+smtpd_delay_reject = no
+smtpd_client_restrictions = reject
+`, dir))
+	writeConfig(t, dir, "master.cf", s.address+` inet n - n - - smtpd
+postlog unix-dgram n - n - 1 postlogd
+anvil unix - - n - 1 anvil
+`)
+	mail, err := user.Lookup("postfix")
+	require.NoError(t, err)
+	owner, err := strconv.Atoi(mail.Uid)
+	require.NoError(t, err)
+	require.NoError(t, os.Chown(filepath.Join(dir, "data"), owner, -1))
+	command{name: "postfix", args: []string{"-c", dir, "check"}}.run(t)
+	s.command = command{name: "master", args: []string{"-c", dir, "-d"}}
+	s.whoIs = func(t testing.TB, c net.Conn) string {
+		line, err := bufio.NewReader(c).ReadString('\n')
+		require.NoError(t, err)
+		_, after, _ := strings.Cut(line, "<unknown[")
+		address, _, ok := strings.Cut(after, "]>: Client host rejected")
+		require.True(t, ok, line)
+		return address
+	}
+	return s
+}
+
+func requireRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("not checked with this mail server, which only root can run")
+	}
+}
+
+// publicDir is a directory for servers that run as others; t.TempDir is for the
+// test's user only.
+func publicDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tcplb")
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	require.NoError(t, os.Chmod(dir, 0o755))
+	return dir
+}
+
 // Servers that read PROXY headers take the client for who it is: that of the
 // connection, or of the header that came in before it. The checks leave nothing in
 // their logs.
 func TestServersThatReadProxyHeaders(t *testing.T) {
 	for name, prepare := range map[string]func(*testing.T) *proxyReader{
-		"nginx": nginxWantsProxy, "HAProxy": haproxyWantsProxy, "Dovecot": dovecotWantsProxy,
+		"nginx": nginxWantsProxy, "HAProxy": haproxyWantsProxy, "Dovecot": dovecotWantsProxy, "Postfix": postfixWantsProxy,
 	} {
 		for _, version := range []string{"v1", "v2"} {
 			t.Run(name+" "+version, func(t *testing.T) {
 				s := prepare(t)
+				checks := `"interval":"50ms"`
+				if name == "Postfix" { // to which UNKNOWN is unknown
+					checks += `,"proxy_protocol":"v2"`
+				}
 				s.running = s.command.begin(t)
 				eventually(t, func() bool { return listensForProxy(s.address) }, "it listens")
 				lb, behind := freeAddress(t), freeAddress(t)
-				handler := fmt.Sprintf(`%s,"proxy_protocol":%q,"health_checks":{"active":{"interval":"50ms"}}}`, backendsJSON(s.address), version)
+				handler := fmt.Sprintf(`%s,"proxy_protocol":%q,"health_checks":{"active":{%s}}}`, backendsJSON(s.address), version, checks)
 				runCaddy(t, layer4Config(fmt.Sprintf(
 					`"bare":{"listen":["tcp_lb/%s"],"routes":[{"handle":[%s]}]},"behind":{"listen":[%q],"routes":[{"handle":[{"handler":"proxy_protocol"},%s]}]}`,
 					lb, withHandler(`{"name":"bare",`+handler), behind, withHandler(`{"name":"behind",`+handler))))
@@ -189,18 +260,22 @@ func TestServersThatReadProxyHeaders(t *testing.T) {
 
 				c := dialClient(t, lb)
 				require.Equal(t, s.tells(c.LocalAddr().String(), lb), s.whoIs(t, c))
-				c = dialClient(t, behind)
-				write(t, c, "PROXY TCP4 203.0.113.7 198.51.100.1 1111 2222\r\n")
-				require.Equal(t, s.tells("203.0.113.7:1111", "198.51.100.1:2222"), s.whoIs(t, c))
-				c = dialClient(t, behind)
-				write(t, c, "PROXY TCP6 2001:db8::7 2001:db8::1 1111 2222\r\n")
-				require.Equal(t, strings.NewReplacer("[", "", "]", "").Replace(s.tells("[2001:db8::7]:1111", "[2001:db8::1]:2222")), s.whoIs(t, c))
+				require.NoError(t, c.Close())
+				for header, ends := range map[string][2]string{
+					"PROXY TCP4 203.0.113.7 198.51.100.1 1111 2222\r\n": {"203.0.113.7:1111", "198.51.100.1:2222"},
+					"PROXY TCP6 2001:db8::7 2001:db8::1 1111 2222\r\n":  {"[2001:db8::7]:1111", "[2001:db8::1]:2222"},
+				} {
+					c := dialClient(t, behind)
+					write(t, c, header)
+					require.Equal(t, s.tells(ends[0], ends[1]), s.whoIs(t, c))
+					require.NoError(t, c.Close())
+				}
+				eventually(t, func() bool { return metric(t, "connections_active", nil) == 0 }, "their end")
 
 				eventually(t, func() bool { return metric(t, "health_checks_total", labels("status", "success")) > 6 }, "some checks")
 				require.Zero(t, metric(t, "health_checks_total", labels("status", "failure")))
 				require.NoError(t, caddy.Stop())
-				said, err := s.running.end()
-				require.NoError(t, err)
+				said, _ := s.running.end() // some say that it was a signal
 				if s.log != "" {
 					b, err := os.ReadFile(s.log)
 					require.NoError(t, err)
