@@ -39,9 +39,11 @@ func TestLocalAddress(t *testing.T) {
 	one, seenByOne := fromServer(t)
 	two, seenByTwo := fromServer(t)
 	lb := freeAddress(t)
+	_, port, err := net.SplitHostPort(two.address)
+	require.NoError(t, err)
 	config := func(more string) string {
 		return lbConfig(lb, fmt.Sprintf(`{"backends":[{"address":%q},{"address":%q%s}],"local_address":"{env.TCPLB_TEST_LOCAL}","health_checks":{"active":{"interval":"24h"}}}`,
-			one.address, "localhost:"+portOf(two.address), more))
+			one.address, "localhost:"+port, more))
 	}
 	runCaddy(t, config(`,"local_address":"127.0.0.6"`))
 	checked(t)

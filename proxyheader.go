@@ -26,13 +26,9 @@ func proxyHeader(v checks.ProxyVersion, who parties) ([]byte, error) {
 
 // plainTCP returns the address without its zone; nil for what has no IP address.
 func plainTCP(a net.Addr) net.Addr {
-	tcp, ok := a.(*net.TCPAddr)
-	if !ok {
+	ap := addrPortOf(a)
+	if !ap.IsValid() {
 		return nil
 	}
-	ip, ok := netip.AddrFromSlice(tcp.IP)
-	if !ok {
-		return nil
-	}
-	return &net.TCPAddr{IP: ip.Unmap().AsSlice(), Port: tcp.Port}
+	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port()))
 }

@@ -13,6 +13,12 @@ import (
 
 func tcpAddr(ip string, port int) *net.TCPAddr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: port} }
 
+// textAddr is an address of a type that nobody knows.
+type textAddr string
+
+func (a textAddr) Network() string { return "tcp" }
+func (a textAddr) String() string  { return string(a) }
+
 func TestProxyHeader(t *testing.T) {
 	mapped := &net.TCPAddr{IP: net.ParseIP("10.0.0.7").To16(), Port: 4000}
 	zoned := &net.TCPAddr{IP: net.ParseIP("fe80::7"), Port: 4000, Zone: "eth0"}
@@ -30,6 +36,7 @@ func TestProxyHeader(t *testing.T) {
 		{"a zone", zoned, tcpAddr("fe80::1", 80), "PROXY TCP6 fe80::7 fe80::1 4000 80\r\n", "[fe80::7]:4000", proxyproto.TCPv6},
 		{"two families", tcpAddr("fd00::7", 4000), tcpAddr("10.0.0.1", 80), "PROXY TCP6 fd00::7 ::ffff:10.0.0.1 4000 80\r\n", "[fd00::7]:4000", proxyproto.TCPv6},
 		{"the other two", tcpAddr("10.0.0.7", 4000), tcpAddr("fd00::1", 80), "PROXY TCP6 ::ffff:10.0.0.7 fd00::1 4000 80\r\n", "10.0.0.7:4000", proxyproto.TCPv6},
+		{"of some wrapper", textAddr("[::ffff:10.0.0.7]:4000"), textAddr("10.0.0.1:80"), "PROXY TCP4 10.0.0.7 10.0.0.1 4000 80\r\n", "10.0.0.7:4000", proxyproto.TCPv4},
 		{"a Unix socket", socket, socket, "PROXY UNKNOWN\r\n", "", proxyproto.UNSPEC},
 		{"a header of one of a Unix socket's clients", tcpAddr("10.0.0.7", 4000), socket, "PROXY UNKNOWN\r\n", "", proxyproto.UNSPEC},
 		{"no address", nil, nil, "PROXY UNKNOWN\r\n", "", proxyproto.UNSPEC},
