@@ -10,7 +10,6 @@ import (
 	"os/user"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -112,53 +111,6 @@ func TestPostgreSQLPair(t *testing.T) {
 	p.eventuallyHealthy(p.servers[1], 0)
 	work()
 	p.requireBooks()
-}
-
-// preparePostgres makes a server's data directory and says how to run it.
-func preparePostgres(t testing.TB, s *realServer, as *syscall.Credential) {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "tcplb") // t.TempDir is for the test's user only
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
-	if as != nil {
-		require.NoError(t, os.Chown(dir, int(as.Uid), int(as.Gid)))
-	}
-	initdb := command{name: "initdb", dir: dir, as: as, args: []string{
-		"-D", dir + "/data", "-U", "postgres", "-A", "trust", "-N", "--locale=C", "-E", "UTF8",
-	}}
-	initdb.run(t)
-	s.command = command{name: "postgres", dir: dir, as: as, args: []string{
-		"-D", dir + "/data", "-p", s.port(), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off",
-	}}
-	s.command.stop = syscall.SIGINT // "fast": ends the sessions
-	s.ready = pgClient("psql", s.port(), "-c", "select 1")
-}
-
-func pgClient(program, port string, args ...string) command {
-	return command{
-		name: program,
-		args: append(args, "-h", "127.0.0.1", "-p", port, "-U", "postgres", "postgres"),
-		env:  []string{"PGSSLMODE=disable", "PGGSSENCMODE=disable"},
-	}
-}
-
-// requirePgbench runs pgbench with 8 clients of so many transactions each, and
-// checks that all were served.
-func requirePgbench(t testing.TB, port string, each int, args ...string) {
-	t.Helper()
-	out := pgClient("pgbench", port, append(args, "-n", "-S", "-c", "8", "-t", strconv.Itoa(each))...).run(t)
-	require.Contains(t, out, fmt.Sprintf("actually processed: %d/%d\n", 8*each, 8*each))
-	require.NotContains(t, strings.ToLower(out), "error")
-}
-
-// whoAnswers connects n times and returns the ports of the servers it met.
-func whoAnswers(t testing.TB, port string, n int) []string {
-	t.Helper()
-	var ports []string
-	for range n {
-		ports = append(ports, strings.TrimSpace(pgClient("psql", port, "-A", "-t", "-X", "-c", "select inet_server_port()").run(t)))
-	}
-	return ports
 }
 
 // pair is two servers with the balancer in front.
