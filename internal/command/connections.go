@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strconv"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/words"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/spf13/cobra"
 )
@@ -126,7 +127,7 @@ func kill(c *call) (int, error) {
 		return caddy.ExitCodeSuccess, err
 	}
 	err = writeConnections(c.out, list)
-	_, noteErr := fmt.Fprintf(c.out, "%s cut\n", plural(uint64(len(list)), "connection is", "connections are"))
+	_, noteErr := fmt.Fprintf(c.out, "%s cut\n", words.Plural(uint64(len(list)), "connection is", "connections are"))
 	return caddy.ExitCodeSuccess, errors.Join(err, noteErr)
 }
 
@@ -138,7 +139,7 @@ func writeConnections(w io.Writer, list []connection) error {
 	var rows [][]string
 	for _, c := range list {
 		rows = append(rows, []string{
-			c.LB, c.Client, c.Backend, span(c.Age), span(c.Idle), size(c.ReceivedBytes), size(c.SentBytes),
+			c.LB, c.Client, c.Backend, words.Span(c.Age), words.Span(c.Idle), words.Size(c.ReceivedBytes), words.Size(c.SentBytes),
 		})
 	}
 	return writeTable(w, connectionColumns, rows, false)

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/words"
 	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
@@ -140,7 +141,7 @@ func (i *instance) askOnce(ctx context.Context, method, path string, query url.V
 	case err != nil:
 		return reply{}, i.unreachable(err)
 	case len(answer) > maxAnswer:
-		return reply{}, fmt.Errorf("the answer of %s is larger than %s", i.name, size(maxAnswer))
+		return reply{}, fmt.Errorf("the answer of %s is larger than %s", i.name, words.Size(maxAnswer))
 	case resp.StatusCode >= http.StatusBadRequest:
 		return reply{}, i.refusal(resp.StatusCode, answer)
 	}

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strings"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/words"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/spf13/cobra"
 )
@@ -140,8 +141,8 @@ func writePools(w io.Writer, pools []pool) error {
 	var rows [][]string
 	for _, p := range pools {
 		rows = append(rows, []string{
-			p.LB, fmt.Sprintf("%d of %d", p.Available, p.Backends), count(p.Active), count(uint64(max(p.Waiting, 0))), count(p.ConnectionsTotal),
-			count(p.ErrorsTotal), count(p.RetriesTotal), count(p.NoBackend + p.MaxConnections + p.OverClientLimit), size(p.ReceivedBytes), size(p.SentBytes),
+			p.LB, fmt.Sprintf("%d of %d", p.Available, p.Backends), words.Count(p.Active), words.Count(uint64(max(p.Waiting, 0))), words.Count(p.ConnectionsTotal),
+			words.Count(p.ErrorsTotal), words.Count(p.RetriesTotal), words.Count(p.NoBackend + p.MaxConnections + p.OverClientLimit), words.Size(p.ReceivedBytes), words.Size(p.SentBytes),
 		})
 	}
 	return writeTable(w, poolColumns, rows, false)
@@ -156,8 +157,8 @@ func writeBackends(w io.Writer, backends []backend) error {
 	var rows [][]string
 	for _, b := range backends {
 		rows = append(rows, []string{
-			b.LB, b.Address, b.Health, b.state(), b.weight(), count(b.Active), count(b.ConnectionsTotal), count(b.ErrorsTotal),
-			size(b.ReceivedBytes), size(b.SentBytes), b.trouble(),
+			b.LB, b.Address, b.Health, b.state(), b.weight(), words.Count(b.Active), words.Count(b.ConnectionsTotal), words.Count(b.ErrorsTotal),
+			words.Size(b.ReceivedBytes), words.Size(b.SentBytes), b.trouble(),
 		})
 	}
 	return writeTable(w, backendColumns, rows, true)

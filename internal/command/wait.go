@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/words"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -80,7 +81,7 @@ func (w *wait) over() (int, error) {
 	if n == 0 {
 		return exitNotReady, errors.New("the time is over before it is sure that no connection is left")
 	}
-	return exitNotReady, fmt.Errorf("after %s %s still open, and there will be no new ones", w.patience, plural(n, "connection is", "connections are"))
+	return exitNotReady, fmt.Errorf("after %s %s still open, and there will be no new ones", w.patience, words.Plural(n, "connection is", "connections are"))
 }
 
 // look returns how many connections the backends have.
@@ -118,5 +119,5 @@ func (w *wait) tell(open uint64, left time.Duration) {
 		return
 	}
 	w.noted = time.Now()
-	_, _ = fmt.Fprintf(w.note, "waiting for %s to end, for %s at most\n", plural(open, "connection", "connections"), left.Round(time.Second))
+	_, _ = fmt.Fprintf(w.note, "waiting for %s to end, for %s at most\n", words.Plural(open, "connection", "connections"), left.Round(time.Second))
 }
