@@ -7,6 +7,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/listener"
@@ -45,7 +46,19 @@ type App struct {
 	waiting     *listener.WaitingList // the config's connections on their way to a handler
 	events      *caddyevents.App
 	generations map[string]*generation // by pool name
-	asked       []string               // pools that health handlers name
+	asked       []askedPool            // that HTTP handlers name
+	records     bool                   // a status page wants histories
+	recording   atomic.Bool            // they are recorded for this config
+}
+
+// askedPool is a pool that an HTTP handler names.
+type askedPool struct{ by, name string }
+
+// ask has Start look if there are the pools that a handler names.
+func (a *App) ask(by string, names []string) {
+	for _, name := range names {
+		a.asked = append(a.asked, askedPool{by, name})
+	}
 }
 
 // CaddyModule returns the Caddy module information.
@@ -98,6 +111,9 @@ func (s *starter) Handle(_ context.Context, e caddy.Event) error {
 	}
 	for _, name := range s.app.poolNames() {
 		s.app.generations[name].begin()
+	}
+	if s.app.records && !s.app.recording.Swap(true) {
+		recent.begin()
 	}
 	adviseOfListeners(s.app.servers, s.app.ctx.Logger())
 	return nil
@@ -160,9 +176,9 @@ func (a *App) meetServers(ctx caddy.Context) error {
 // Start refuses what is known to be wrong only when all apps are provisioned. For
 // the rest see starter.
 func (a *App) Start() error {
-	for _, name := range a.asked {
-		if a.generations[name] == nil {
-			return fmt.Errorf("tcp_lb_health: %s", unknown("pool", name, a.poolNames(), nil))
+	for _, pool := range a.asked {
+		if a.generations[pool.name] == nil {
+			return fmt.Errorf("%s: %s", pool.by, unknown("pool", pool.name, a.poolNames(), nil))
 		}
 	}
 	app, err := a.ctx.AppIfConfigured("http")
@@ -183,6 +199,9 @@ func (a *App) Stop() error {
 	}
 	for _, g := range a.generations {
 		g.stop()
+	}
+	if a.recording.Swap(false) {
+		recent.end()
 	}
 	if a.waiting != nil { // else it could not be provisioned
 		a.waiting.Close()

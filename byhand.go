@@ -39,7 +39,8 @@ func parseHandState(name string) (handState, error) {
 type hand struct {
 	state    handState
 	weight   int
-	weighted bool // weight holds instead of the config's
+	weighted bool      // weight holds instead of the config's
+	since    time.Time // of a state other than ready
 }
 
 func (h hand) weightOr(configured int) int {
@@ -138,6 +139,12 @@ func (r *poolRegistry) setEachLocked(p *pool, backends []*Backend, c handChange)
 			continue
 		}
 		changed = true
+		if is.since = was.since; is.state != was.state {
+			is.since = time.Now()
+		}
+		if is.state == stateReady {
+			is.since = time.Time{}
+		}
 		r.setHandLocked(b, is)
 		open := 0
 		switch {

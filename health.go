@@ -53,17 +53,28 @@ func (h *HealthHandler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.app = app.(*App)
-	repl := caddy.NewReplacer()
-	for i, name := range h.Pools {
-		if h.Pools[i], err = repl.ReplaceOrErr(name, true, true); err != nil {
-			return fmt.Errorf("tcp_lb_health: pool %q: %w", name, err)
-		}
-		if slices.Contains(h.Pools[:i], h.Pools[i]) {
-			return fmt.Errorf("tcp_lb_health: pool %q is listed twice", h.Pools[i])
-		}
+	if h.Pools, err = resolvePools(h.Pools); err != nil {
+		return fmt.Errorf("tcp_lb_health: %w", err)
 	}
-	h.app.asked = append(h.app.asked, h.Pools...)
+	h.app.ask("tcp_lb_health", h.Pools)
 	return nil
+}
+
+// resolvePools resolves the placeholders in names of pools.
+func resolvePools(names []string) ([]string, error) {
+	repl := caddy.NewReplacer()
+	var list []string
+	for _, name := range names {
+		resolved, err := repl.ReplaceOrErr(name, true, true)
+		if err != nil {
+			return nil, fmt.Errorf("pool %q: %w", name, err)
+		}
+		if slices.Contains(list, resolved) {
+			return nil, fmt.Errorf("pool %q is listed twice", resolved)
+		}
+		list = append(list, resolved)
+	}
+	return list, nil
 }
 
 type healthStatus struct {

@@ -3,8 +3,10 @@ package tcplb
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/statuspage"
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 )
@@ -15,6 +17,24 @@ type outage struct {
 	began  time.Time // zero = there is none
 	barred bool      // it is no outage: that is what was wanted
 	before uint64    // clients that had been turned away by then
+
+	// shown is the same for readers, who must not wait for the log; nil = there is none.
+	shown atomic.Pointer[outageBegan]
+}
+
+type outageBegan struct {
+	at     time.Time
+	barred bool
+	before uint64
+}
+
+// outageStatus returns the outage for the status page, nil if there is none.
+func (p *pool) outageStatus() *statuspage.Outage {
+	began := p.outage.shown.Load()
+	if began == nil {
+		return nil
+	}
+	return &statuspage.Outage{Since: began.at, Wanted: began.barred, TurnedAway: p.closed[reasonNoBackend].Load() - began.before}
 }
 
 // updateLocked returns what has changed, and what there was to the outage that
@@ -46,6 +66,11 @@ func (p *pool) reportOutage() {
 	o.mu.Lock() // to the end, so that lines come in order
 	defer o.mu.Unlock()
 	began, ended, lasted, missed := o.updateLocked(g.availability(), p.closed[reasonNoBackend].Load())
+	if began {
+		o.shown.Store(&outageBegan{o.began, o.barred, o.before})
+	} else if ended {
+		o.shown.Store(nil)
+	}
 	switch {
 	case began && o.barred:
 		g.logger.Info("no backend takes connections: all are set aside by hand, or by a weight of 0",
