@@ -231,21 +231,22 @@ func turnsAway(why reason) bool {
 	return why != reasonClientClosed && why != reasonClientReset
 }
 
-// history returns the pool's, oldest first, and how many clients ended for each
-// reason in that time without a backend.
-func (r *recorder) history(lb string) (list []statuspage.Moment, unserved [numReasons]uint64) {
+// history returns the pool's, oldest first, and how many clients had ended for each
+// reason without a backend when it begins. ok is whether that is known.
+func (r *recorder) history(lb string) (list []statuspage.Moment, before [numReasons]uint64, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.pools[lb]
 	if h == nil {
-		return nil, unserved
+		return nil, before, false
 	}
+	before = h.seen.unserved
 	list = make([]statuspage.Moment, 0, len(h.moments))
 	for i := range h.moments {
 		m := &h.moments[(h.next+i)%len(h.moments)]
 		refused := uint64(0)
 		for why, n := range m.unserved {
-			unserved[why] += uint64(n)
+			before[why] -= uint64(n)
 			if turnsAway(reason(why)) {
 				refused += uint64(n)
 			}
@@ -256,7 +257,7 @@ func (r *recorder) history(lb string) (list []statuspage.Moment, unserved [numRe
 			Received: per(m.received), Sent: per(m.sent), Refused: per(refused),
 		})
 	}
-	return list, unserved
+	return list, before, true
 }
 
 // paceOf returns the backend's; nil if it is not known yet.

@@ -65,6 +65,7 @@ func TestStatusPage(t *testing.T) {
 	eventually(t, func() bool { return strings.Contains(statusHTML(t, url), "no backend available since") }, "told of")
 	refused(t, lb)
 	eventually(t, func() bool { return strings.Contains(statusHTML(t, url), "1 client turned away since") }, "counted")
+	require.Contains(t, statusHTML(t, url+"?lb=second"), "<dt>Turned away: no_backend</dt><dd>1 <small>in 20m, 1 in all</small>", "at once")
 	_ = held.Close()
 }
 

@@ -58,14 +58,18 @@ func (v poolView) statusOf() statuspage.Pool {
 			s.Backends = append(s.Backends, b.pageStatus(false))
 		}
 	}
-	var lately [numReasons]uint64
-	s.History, lately = recent.history(v.name)
+	history, before, known := recent.history(v.name)
+	s.History = history
 	for why := range v.closed {
-		if n := v.closed[why].Load(); n > 0 {
-			s.Refused = append(s.Refused, statuspage.Refusal{
-				Reason: reason(why).String(), Recent: lately[why], Total: n, ByClient: !turnsAway(reason(why)),
-			})
+		n := v.closed[why].Load()
+		if n == 0 {
+			continue
 		}
+		r := statuspage.Refusal{Reason: reason(why).String(), Total: n, ByClient: !turnsAway(reason(why))}
+		if known && n > before[why] {
+			r.Recent = n - before[why]
+		}
+		s.Refused = append(s.Refused, r)
 	}
 	return s
 }

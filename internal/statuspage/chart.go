@@ -91,6 +91,20 @@ func appendPoint(path []byte, command byte, x int, y float64) []byte {
 	return strconv.AppendFloat(path, math.Round(y*10)/10, 'f', -1, 64)
 }
 
+// leastSpan is how much time the charts show at least.
+const leastSpan = 2 * time.Minute
+
+// span is how far back the charts go: as far as there is anything to see.
+func (p *Page) span() time.Duration {
+	oldest := leastSpan
+	for i := range p.Pools {
+		if h := p.Pools[i].History; len(h) > 0 {
+			oldest = max(oldest, p.At.Sub(h[0].At))
+		}
+	}
+	return min((oldest + time.Minute - 1).Truncate(time.Minute), p.Window)
+}
+
 // charts are those of a pool.
 func (p *Pool) charts(at time.Time, window time.Duration) []chart {
 	of := func(title string, value func(Moment) float64, show func(float64) string) chart {

@@ -90,7 +90,7 @@ func (p judged) section(page *Page, v View, alone bool) section {
 	s := section{
 		Name: label(p.Name), Anchor: p.anchor(), Link: v.of(p.Name).link(),
 		Level: p.verdict.level.String(), Word: p.word(),
-		Settings: p.settings(), Facts: p.facts(page.Window), Charts: p.charts(page.At, page.Window), Columns: columns(v),
+		Settings: p.settings(), Facts: p.facts(page.Window), Charts: p.charts(page.At, page.span()), Columns: columns(v),
 	}
 	if len(p.History) == 0 {
 		s.Charts = nil

@@ -94,9 +94,9 @@ func (p *Pool) judgeAvailability(v *verdict, at time.Time) {
 			v.add(warn, "only backups serve")
 		}
 	case all == 0:
-		v.add(warn, "no backend has been found yet")
+		v.add(bad, "no backend has been found yet")
 	default:
-		v.add(warn, "no backend has been found up yet")
+		v.add(bad, "no backend has been found up yet")
 	}
 	p.judge(v, warn, all, "down", func(b *Backend) bool { return b.Configured && b.Health == "down" && b.State != "maint" })
 }

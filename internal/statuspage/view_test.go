@@ -124,6 +124,13 @@ func TestCharts(t *testing.T) {
 	require.Empty(t, draw("", []Moment{{At: ago(time.Hour)}, {At: noon.Add(time.Hour)}}, noon, window, value, rate).Line)
 	require.Equal(t, "–", draw("", nil, noon, window, value, rate).Now)
 
+	// There is as much time as there is history, in whole minutes and two at least.
+	for seconds, want := range map[int]time.Duration{0: 2 * time.Minute, 3: 2 * time.Minute, 25: 3 * time.Minute, 24: 2 * time.Minute, 240: window} {
+		young := page(pool("a"), pool("b"))
+		young.Pools[0].History, young.Pools[1].History = nil, moments(seconds, 1, 0)
+		require.Equal(t, want, young.span(), seconds)
+	}
+
 	p := pool("web")
 	require.Len(t, p.charts(noon, window), 4)
 	p.History[100].Refused = 1
