@@ -179,6 +179,7 @@ func (c *checker) run(ctx context.Context) {
 	c.verdict.down = !c.backend.healthy.Load()
 	c.downSince = time.Now()
 	timer := time.NewTimer(0) // the first probe is at once
+	c.due = time.Now()
 	defer timer.Stop()
 	again := false
 	for c.wait(ctx, timer) {
@@ -231,9 +232,15 @@ func (c *checker) outdated() bool {
 	return true
 }
 
-// next sets the timer for the next probe.
+// next sets the timer for the next probe. The interval is from when the last was
+// due: those that waited for a place together began together, and would stay in
+// step. One that waited for long has its pause all the same.
 func (c *checker) next(timer *time.Timer, pause time.Duration) {
-	c.due = c.began.Add(pause)
+	from := c.began
+	if pause == c.settings.Load().checks.interval && from.Sub(c.due) < pause/2 {
+		from = c.due
+	}
+	c.due = from.Add(pause)
 	timer.Reset(time.Until(c.due))
 }
 

@@ -84,6 +84,7 @@ type fakeNet struct {
 	most    int // the most there were at once
 	overlap bool
 	latency time.Duration
+	serve   func(address string, c net.Conn) // has the other end; nil = closes it
 }
 
 func newFakeNet() *fakeNet {
@@ -121,7 +122,11 @@ func (f *fakeNet) dial(ctx context.Context, t target, timeout time.Duration) (ne
 		return nil, err
 	}
 	client, server := net.Pipe()
-	_ = server.Close()
+	if f.serve == nil {
+		_ = server.Close()
+	} else {
+		go f.serve(address, server)
+	}
 	return client, nil
 }
 
