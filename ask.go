@@ -74,7 +74,11 @@ func (g *generation) ask(ctx context.Context, t target, check checks.Check, w ch
 		Address: t.String(),
 		Host:    t.host,
 		Dial: func(ctx context.Context) (net.Conn, error) {
-			return g.dial(ctx, t, time.Until(deadline))
+			conn, err := g.dial(ctx, t, time.Until(deadline))
+			if err != nil {
+				return nil, err
+			}
+			return brief(conn)
 		},
 	})
 	var panicked *checks.Panic

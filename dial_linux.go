@@ -52,3 +52,11 @@ func awaitUnder(ctx context.Context) socket.Await {
 		return loop.Await(fd, unix.POLLOUT, deadline, ctx.Done())
 	}
 }
+
+// brief makes of a connection one that ends soon, if it can be.
+func brief(c net.Conn) (net.Conn, error) {
+	if c, ok := c.(*socket.Conn); ok {
+		return c.Brief()
+	}
+	return c, nil
+}

@@ -187,7 +187,7 @@ func (d *Dialogue) Check(ctx context.Context, t Target) error {
 		}
 	}
 	if d.steps[len(d.steps)-1].send != nil {
-		awaitClose(conn) // it may have been a farewell
+		awaitClose(conn, lingerTime) // it may have been a farewell
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package checks
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -204,7 +205,11 @@ func (h *HTTP) ask(conn net.Conn, method, host string, uri *url.URL) (*http.Resp
 		Method: method, Host: host, Header: h.Headers, Close: true,
 		URL: &url.URL{Path: uri.Path, RawPath: uri.RawPath, RawQuery: uri.RawQuery},
 	}
-	if err := req.Write(conn); err != nil {
+	var text bytes.Buffer // for one write, and without a buffer of 4 KB
+	if err := req.Write(&text); err != nil {
+		return nil, fmt.Errorf("making the HTTP request: %w", err)
+	}
+	if _, err := conn.Write(text.Bytes()); err != nil {
 		return nil, fmt.Errorf("sending the HTTP request: %w", err)
 	}
 	limited := &io.LimitedReader{R: conn, N: maxAnswer}
@@ -251,7 +256,11 @@ func (h *HTTP) judge(conn net.Conn, resp *http.Response, to *url.URL) error {
 			return fmt.Errorf("HTTP %d, but the body does not match %q", resp.StatusCode, h.ExpectBody)
 		}
 	}
-	awaitClose(conn) // as the request said
+	if resp.Close { // as the request said
+		awaitClose(conn, lingerTime)
+	} else { // it may do so without a word
+		awaitClose(conn, lingerTime/10)
+	}
 	return nil
 }
 

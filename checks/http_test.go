@@ -3,6 +3,7 @@ package checks
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -191,6 +192,63 @@ func TestHTTPOfABackendThatDoesNotClose(t *testing.T) {
 		require.ErrorIs(t, err, io.EOF, "by a FIN: a reset would be in the backend's log")
 	})
 	require.NoError(t, s.check(t, provisioned(t, new(HTTP)), Wire{}))
+}
+
+// Who closes first is who said so. Of a backend that says nothing of it, it is
+// awaited for a moment only: 10,000 of them would have all files of checks. One
+// that has closed needs no farewell.
+func TestHTTPGoesByWhatTheBackendSaysOfTheClose(t *testing.T) {
+	for name, c := range map[string]struct {
+		header    string
+		waits     time.Duration
+		farewells int
+	}{
+		"closes": {"Connection: close\r\n", lingerTime, 0},
+		"stays":  {"", lingerTime / 10, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := serve(t, func(conn net.Conn) {
+				r := bufio.NewReader(conn)
+				_, _ = http.ReadRequest(r)
+				_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n"+c.header+"\r\n")
+				if c.farewells > 0 {
+					_, _ = r.ReadByte()
+				}
+			})
+			target := s.target()
+			dial := target.Dial
+			var told *patient
+			target.Dial = func(ctx context.Context) (net.Conn, error) {
+				conn, err := dial(ctx)
+				told = &patient{TCPConn: conn.(*net.TCPConn)}
+				return told, err
+			}
+			require.NoError(t, Run(t.Context(), provisioned(t, new(HTTP)), Wire{}, target))
+			require.InDelta(t, c.waits, told.waits, float64(c.waits)/2)
+			require.Equal(t, c.farewells, told.farewells)
+		})
+	}
+}
+
+// patient tells how long somebody was to wait for the other side, and whether he
+// took his leave. He never waits for longer than it takes to see that nothing comes.
+type patient struct {
+	*net.TCPConn
+	waits     time.Duration
+	farewells int
+}
+
+func (p *patient) SetReadDeadline(at time.Time) error {
+	p.waits = time.Until(at)
+	if p.waits < lingerTime/2 {
+		at = time.Now()
+	}
+	return p.TCPConn.SetReadDeadline(at)
+}
+
+func (p *patient) CloseWrite() error {
+	p.farewells++
+	return errors.Join(p.TCPConn.SetReadDeadline(time.Time{}), p.TCPConn.CloseWrite())
 }
 
 // A body is looked at up to 64 KB, whatever its chunks take besides and however

@@ -9,6 +9,7 @@ import (
 	"net"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,7 +20,7 @@ type Wire struct {
 }
 
 // lingerTime is how long a check waits, once its verdict is certain, for the
-// backend to close first.
+// backend to close first; a tenth of that where the backend said it would not.
 var lingerTime = 50 * time.Millisecond
 
 // Run checks the target once. Its Dial makes the bare connections.
@@ -56,17 +57,18 @@ type run struct {
 	wire   Wire
 	target Target
 
-	raw  net.Conn // nil = there is none
+	raw  *line // nil = there is none
 	tls  *tls.Conn
 	stop func() bool // of what ends raw's reads and writes with ctx
 }
 
 func (r *run) dial(ctx context.Context) (net.Conn, error) {
 	r.close(false)
-	raw, err := r.target.Dial(ctx)
+	conn, err := r.target.Dial(ctx)
 	if err != nil {
 		return nil, err
 	}
+	raw := &line{Conn: conn}
 	r.raw = raw
 	r.stop = context.AfterFunc(r.ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
 	if header := r.wire.Proxy.local(); header != "" {
@@ -82,12 +84,35 @@ func (r *run) dial(ctx context.Context) (net.Conn, error) {
 		config = config.Clone()
 		config.ServerName = r.target.Host
 	}
-	conn := tls.Client(raw, config)
-	if err := conn.HandshakeContext(ctx); err != nil {
+	secure := tls.Client(raw, config)
+	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("TLS handshake: %w", err)
 	}
-	r.tls = conn
-	return conn, nil
+	r.tls = secure
+	return secure, nil
+}
+
+// line is a bare connection, of which is known whether the backend has closed it.
+type line struct {
+	net.Conn
+	ended atomic.Bool
+}
+
+// Read implements net.Conn.
+func (l *line) Read(b []byte) (int, error) {
+	n, err := l.Conn.Read(b)
+	if err == io.EOF {
+		l.ended.Store(true)
+	}
+	return n, err
+}
+
+// CloseWrite is that of net.TCPConn.
+func (l *line) CloseWrite() error {
+	if half, ok := l.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
 }
 
 // close ends the connection, if there is one; in order if the check passed, so
@@ -97,7 +122,8 @@ func (r *run) close(passed bool) {
 		return
 	}
 	r.stop()
-	if passed {
+	// Where the backend has closed and all is read, Close is in order by itself.
+	if passed && (r.tls != nil || !r.raw.ended.Load()) {
 		// What is not read, a session ticket or the rest of an answer, would have
 		// Close send a reset.
 		raw := r.raw
@@ -120,10 +146,10 @@ func finish(conn net.Conn) {
 	}
 }
 
-// awaitClose waits for the backend to close, which it is about to. What it still
-// says is of no use.
-func awaitClose(conn net.Conn) {
-	if conn.SetReadDeadline(time.Now().Add(lingerTime)) == nil {
+// awaitClose waits for so long for the backend to close. What it still says is of
+// no use.
+func awaitClose(conn net.Conn, d time.Duration) {
+	if conn.SetReadDeadline(time.Now().Add(d)) == nil {
 		_, _ = io.Copy(io.Discard, conn)
 	}
 }
