@@ -30,7 +30,7 @@ var (
 	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
 	scale  = flag.Float64("scale", 1, "factor on the amount of work")
 	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
-	kinds  = flag.String("work", "", "comma-separated kinds of work, of rate, idle, stuck, short, trips, bulk, slow and beside; all if empty")
+	kinds  = flag.String("work", "", "comma-separated kinds of work, of rate, idle, stuck, short, trips, bulk, slow and beside, all if empty; or checks, once")
 	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
 )
 
@@ -38,6 +38,9 @@ func main() {
 	switch { // this program started again
 	case len(os.Args) == 2 && os.Args[1] == "backend":
 		runBackend()
+		return
+	case len(os.Args) == 4 && os.Args[1] == "checked":
+		runChecked(os.Args[2], os.Args[3])
 		return
 	case len(os.Args) == 3 && os.Args[1] == "reader":
 		runReader(os.Args[2])
@@ -70,6 +73,14 @@ func run() error {
 			return fmt.Errorf("building cmd/caddy: %w\n%s", err, out)
 		}
 	}
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	wanted := func(balancer string) bool {
+		return *only == "" || slices.Contains(strings.Split(*only, ","), balancer)
+	}
+	if *kinds == "checks" {
+		return compareChecks(dir, wanted, stop)
+	}
 	backends, err := startBackends()
 	if err != nil {
 		return fmt.Errorf("starting the backends: %w", err)
@@ -83,11 +94,9 @@ func run() error {
 	defer streams.stop()
 	backends.source, backends.sink = streams.source, streams.sink
 
-	stop := make(chan os.Signal, 1)
-	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 	var results []*result
 	for _, b := range balancers(dir, backends) {
-		if *only == "" || slices.Contains(strings.Split(*only, ","), b.name) {
+		if wanted(b.name) {
 			results = append(results, &result{name: b.name, balancer: b})
 		}
 	}
