@@ -4,6 +4,8 @@ package tcplb
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"net/url"
 	"regexp"
 	"runtime"
@@ -16,14 +18,16 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// stage is a balancer with five pools, one for each thing that can be seen of
+// stage is a balancer with six pools, one for each thing that can be seen of
 // it, and a real Prometheus that watches.
 type stage struct {
 	t                *testing.T
 	heavy, light     *server // of pool web, weights 3 and 1
-	good, shaky      *server // of pools retry and small, and of shaky
+	good, shaky      *server // of pools retry, small and poor, and of shaky
+	rude, ill        *server // of pool poor: closes at once, and is well as long as …
+	health           *server // … this one serves
 	web, dead, retry string  // where the pools listen
-	small            string
+	small, poor      string
 	config           string
 	prometheus       *prometheusServer
 	began            time.Time
@@ -33,8 +37,11 @@ func newStage(t *testing.T) *stage {
 	requirePrograms(t, "", prometheusPackage, "prometheus")
 	s := &stage{
 		t: t, heavy: echoServer(t), light: echoServer(t), good: echoServer(t), shaky: echoServer(t),
-		web: freeAddress(t), dead: freeAddress(t), retry: freeAddress(t), small: freeAddress(t),
+		web: freeAddress(t), dead: freeAddress(t), retry: freeAddress(t), small: freeAddress(t), poor: freeAddress(t),
+		rude: startServer(t, func(*net.TCPConn) {}), ill: echoServer(t), health: echoServer(t),
 	}
+	_, health, err := net.SplitHostPort(s.health.address)
+	require.NoError(t, err)
 	metrics, gone := freeAddress(t), freeAddress(t)
 	pool := func(name, listen, options string) string {
 		return fmt.Sprintf(`%q:{"listen":[%q],"routes":[{"handle":[{"handler":"tcp_lb","name":%q,%s}]}]}`, name, listen, name, options)
@@ -47,6 +54,8 @@ func newStage(t *testing.T) *stage {
 		pool("dead", s.dead, backendsJSON(gone)+`,"load_balancing":{"try_duration":"50ms"},"dynamic_backends":[{"source":"a","name":"gone.internal","port":80,"resolvers":["`+freeAddress(t)+`"]}],`+fastChecks),
 		pool("retry", s.retry, backendsJSON(s.good.address, gone)+`,"health_checks":{"active":{"disabled":true}}`),
 		pool("small", s.small, backendsJSON(s.good.address)+`,"max_connections":2,`+fastChecks),
+		pool("poor", s.poor, fmt.Sprintf(`"backends":[{"address":%q},{"address":%q,"health_port":%s},{"address":%q}],"close_if_unhealthy":"0s","health_checks":{"passive":{"fail_duration":"1h"},`,
+			s.rude.address, s.ill.address, health, s.good.address)+strings.TrimPrefix(fastChecks, `"health_checks":{`)),
 		pool("shaky", freeAddress(t), backendsJSON(s.shaky.address)+`,"health_checks":{"active":{"interval":"200ms","fast_interval":"200ms","fails":1000}}`),
 	}, ",") + `}}}}`
 	runCaddy(t, s.config)
@@ -114,6 +123,7 @@ func TestNumbersAgree(t *testing.T) {
 	s := newStage(t)
 	p := s.prometheus
 	heavy, light := s.heavy.address, s.light.address
+	s.failClients() // for most of the time that its alert looks at
 
 	// 300 connections of 100 bytes, over weights 3 and 1.
 	for range 300 {
@@ -251,6 +261,37 @@ func (s *stage) provoke() {
 	}, "files in use, and failing checks")
 }
 
+// failClients has a backend taken out since clients' connections to it fail, and the
+// connection of another cut as its checks fail.
+func (s *stage) failClients() {
+	t, p := s.t, s.prometheus
+	t.Helper()
+	poor := registry.newest("poor").members()
+	eventually(t, func() bool {
+		c, err := net.Dial("tcp", s.poor)
+		require.NoError(t, err)
+		_ = c.(*net.TCPConn).CloseWrite()
+		_, _ = io.Copy(io.Discard, c)
+		_ = c.Close()
+		return !poor[0].Backend.Available()
+	}, "a client fails")
+	hold(t, s.poor)
+	hold(t, s.poor)
+	s.health.kill()
+	p.eventually(func() bool {
+		return p.sum(`tcp_lb_connections_closed_total{lb="poor", reason="backend_down"}`) == 1 && p.sum("tcp_lb_backend_ejected") == 1
+	}, "one is taken out, and a connection is cut")
+	require.Equal(t, 1.0, s.panel(backends+"Taken out/A", "poor").one(t, "backend", s.rude.address))
+	require.Zero(t, s.panel(backends+"Taken out/A", "poor").one(t, "backend", s.ill.address), "which its checks have found")
+	require.Empty(t, s.panel(backends+"Taken out/A", "web"), "no fail_duration")
+	p.eventually(func() bool {
+		return s.panel(backends+"Cut as the backend was down/A", "poor").one(t, "backend", s.ill.address) > 0 &&
+			s.panel(backends+"Ejections per minute/A", "poor").one(t, "backend", s.rude.address) > 0
+	}, "on the dashboard")
+	require.Zero(t, s.panel(backends+"Cut as the backend was down/A", "poor").one(t, "backend", s.good.address))
+	require.Zero(t, s.panel(backends+"Ejections per minute/A", "poor").one(t, "backend", s.good.address))
+}
+
 func ruleExpr(t testing.TB, alert string) string {
 	t.Helper()
 	for _, r := range alertRules(t) {
@@ -284,7 +325,7 @@ func (s *stage) everyExpression(t *testing.T) {
 	for _, b := range loadBoards(t) {
 		var lbs, addresses []string
 		p.get("label/lb/values", variable(t, b.Templating.List[0].Query.Query, "lb"), &lbs)
-		require.Equal(t, []string{"dead", "retry", "shaky", "small", "web"}, lbs)
+		require.Equal(t, []string{"dead", "poor", "retry", "shaky", "small", "web"}, lbs)
 		p.get("label/backend/values", variable(t, strings.ReplaceAll(b.Templating.List[1].Query.Query, "$lb", "web"), "backend"), &addresses)
 		require.ElementsMatch(t, []string{s.heavy.address, s.light.address}, addresses)
 	}
@@ -350,11 +391,13 @@ func (s *stage) reloads(t *testing.T) {
 	less := regexp.MustCompile(`,"shaky":.*\]\}\]\}`).ReplaceAllString(s.config, "")
 	require.NotEqual(t, s.config, less)
 	reload(t, less)
-	p.eventually(func() bool { return len(p.query(`tcp_lb_backend_weight{lb="shaky"}`)) == 0 }, "it is gone")
+	p.eventually(func() bool { // and not all, for one scrape that came too late
+		return p.sum(`up{job="tcp_lb"}`) == 1 && len(p.query(`tcp_lb_backend_weight{lb="shaky"}`)) == 0
+	}, "it is gone")
 	require.NotEmpty(t, p.query(`tcp_lb_connections_closed_total{lb="shaky"}`))
 	forgetDeparted()
 	p.eventually(func() bool { return len(p.query(`{__name__=~"tcp_lb_.+", lb="shaky"}`)) == 0 }, "no series of it")
-	require.Len(t, p.query(`count_over_time(tcp_lb_connections_total{lb!="shaky"}[5m]) == on () group_left () sum_over_time(up[5m])`), 6, "in every scrape")
-	require.Len(t, p.query(`resets(tcp_lb_connections_total{lb!="shaky"}[5m]) == 0`), 6, "and never back to 0")
+	require.Len(t, p.query(`count_over_time(tcp_lb_connections_total{lb!="shaky"}[5m]) == on () group_left () sum_over_time(up[5m])`), 9, "in every scrape")
+	require.Len(t, p.query(`resets(tcp_lb_connections_total{lb!="shaky"}[5m]) == 0`), 9, "and never back to 0")
 	require.Equal(t, 421.0, p.sum(`tcp_lb_connections_total{lb="web"}`))
 }
