@@ -125,8 +125,8 @@ func (r *poolRegistry) settleLocked(p *pool, t *turnover) {
 			}
 		}
 		b.setClosingLocked(g, ok)
-		b.watched.Store(ok && g.passive.failDuration > 0)
-		if ok {
+		if ok { // else its series stay what they are
+			b.watched.Store(g.passive.failDuration > 0)
 			b.aging.Store(g.lifetime.limit > 0)
 		}
 		if !ok || g.passive.failDuration == 0 || b.byHand().state == stateMaint {
