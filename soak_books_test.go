@@ -19,10 +19,11 @@ func (s *soak) requireAccounts() {
 	t := s.t
 	eventually(t, func() bool { return open.n.Load() == 0 }, "all connections ended")
 	byPool, connected := soakLog.lines(t)
-	lines, stalled := byPool[soakPool], byPool[stallPool]
+	lines, stalled, asked := byPool[soakPool], byPool[stallPool], byPool[wellPool]
 	requireConnectedLines(t, connected, slices.Concat(lines, stalled, byPool[crowdPool]))
 	require.Equal(t, len(s.records)+s.excused, len(lines), "one line for each connection")
 	require.Equal(t, s.stalled.total(), len(stalled))
+	require.Equal(t, s.conversations, len(asked))
 
 	byClient := make(map[string][]soakLine)
 	for _, l := range lines {
@@ -35,12 +36,16 @@ func (s *soak) requireAccounts() {
 		byClient[r.client] = slices.Delete(byClient[r.client], i, i+1)
 	}
 	views := registry.snapshot()
-	require.Len(t, views, 3)
+	require.Len(t, views, 4)
 	s.requireCrowd(byPool[crowdPool], views[0])
 	requireSum(t, lines, views[1].total())
 	requireSum(t, stalled, views[2].total())
+	requireSum(t, asked, views[3].total())
 	requireReasons(t, soakPool, lines)
 	requireReasons(t, stallPool, stalled)
+	requireReasons(t, wellPool, asked)
+	require.Positive(t, metric(t, "connections_closed_total", labels("lb", wellPool, "reason", "backend_down")))
+	require.Positive(t, metric(t, "ejections_total", labels("lb", wellPool)))
 	// Some had ended by themselves, or been cut, when the hand came.
 	require.LessOrEqual(t, metric(t, "connections_closed_total", labels("lb", soakPool, "reason", "killed")), float64(s.killed))
 	for _, v := range views {
@@ -111,6 +116,7 @@ func requireReasons(t testing.TB, lb string, lines []soakLine) {
 // left, but for what was set by hand.
 func (s *soak) requireSeriesToEnd() {
 	t, only := s.t, s.backends[0]
+	s.well.gone = true
 	reload(t, strings.Replace(s.configOf([]soakMember{{only, 1, false}}, shortDrain, ""), s.source(), `"dynamic_backends":[]`, -1))
 	eventually(t, func() bool { return len(backendStatuses(t)) == 1 }, "the others are gone")
 	registry.mu.Lock()

@@ -17,6 +17,7 @@ import (
 // disturb does something, or nothing for a while.
 func (s *soak) disturb() {
 	s.noticeAnswers()
+	s.well.step()
 	for kind := range relaysOf(s.t) {
 		s.relays[kind] = true
 	}
@@ -132,6 +133,7 @@ func (s *soak) reload() {
 				s.add("reload: %v", err)
 			}
 			s.nowHas(members)
+			s.well.loads++
 		})
 	})
 }
@@ -235,7 +237,9 @@ func (s *soak) cutByHand(b *soakBackend) {
 	}
 	query += fmt.Sprintf("&limit=%d&sort=%s", 1+s.rnd.IntN(3), []string{"age", "bytes", "idle"}[s.rnd.IntN(3)])
 	var cut []connectionStatus
+	s.well.broken.begin()
 	during(hit, func() { s.call(serveConnections, http.MethodDelete, query, "", &cut) })
+	s.well.broken.end()
 	s.did["cut by hand"] += len(cut)
 	for _, c := range cut {
 		if c.LB == soakPool {

@@ -50,6 +50,7 @@ func TestSoak(t *testing.T) {
 	for deadline := time.Now().Add(*soakTime); time.Now().Before(deadline) && s.none(); {
 		s.disturb()
 	}
+	s.well.finish()
 	close(s.stop)
 	s.clients.Wait()
 	books.finish(t)
@@ -86,6 +87,9 @@ type soak struct {
 
 	stalled stallCounts
 	crowded crowdCounts
+
+	well          *wellness
+	conversations int // in its pool
 }
 
 const (
@@ -121,6 +125,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 		s.addBackend(ln, 0).inDNS = true
 	}
 	s.names.answer(strings.TrimSuffix(soakName, "."), s.answers()...)
+	s.startWellness()
 	soakLog.reset()
 	soakArrivals.Clear()
 	t.Cleanup(forgetHands)
@@ -137,6 +142,7 @@ func startSoak(t testing.TB, seed uint64) *soak {
 		s.repeat(seed, 100+i, s.stall)
 		s.repeat(seed, 200+i, s.beSilent)
 		s.repeat(seed, 300+i, s.join)
+		s.repeat(seed, 400+i, func(rnd *rand.Rand) { s.well.connect(rnd, i < 3) })
 	}
 	return s
 }
@@ -170,7 +176,7 @@ func (s *soak) configOf(members []soakMember, drain, more string) string {
 		server(s.wrapped, "", `{"handler":"throttle","read_bytes_per_second":1e9,"read_burst_size":1000000},`, soakPool, header+more) + "," +
 		server(s.silences, `"match":[{"tls":{}}],`, "", soakPool, header+more) + "," +
 		server(s.crowd, "", "", crowdPool, header+more+crowdOptions) + "," +
-		server(s.stalls, "", "", stallPool, stallHeader+more+stallOptions))
+		server(s.stalls, "", "", stallPool, stallHeader+more+stallOptions) + s.well.config())
 	config = strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb":{"handshake_timeout":"1s"},`, 1)
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+
 		`"encoder":{"format":"json"},"include":["layer4.handlers.tcp_lb.access"]},`, 1)

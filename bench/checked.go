@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -29,7 +30,7 @@ func runChecked(kind, port string) {
 	}}
 	ln, err := config.Listen(context.Background(), "tcp4", "0.0.0.0:"+port)
 	check(err)
-	var n checkCounts
+	n := checkCounts{began: time.Now()}
 	go n.tell()
 	n.serve(ln.(*net.TCPListener), kind == "keep")
 }
@@ -42,8 +43,9 @@ const (
 // checkCounts counts connections.
 type checkCounts struct {
 	mu     sync.Mutex
-	served served
-	recent []time.Time // when those of the last tenth of a second came
+	began  time.Time // what is counted
+	closed int
+	tenths []int // how many were accepted, by tenths of a second
 }
 
 // serve serves from one thread, as echoes does.
@@ -73,11 +75,11 @@ func (n *checkCounts) serve(ln *net.TCPListener, keep bool) {
 					continue
 				}
 				_ = unix.Close(fd)
-				n.closed()
+				n.countClosed()
 				continue
 			}
 			for conn := accept(listener); conn >= 0; conn = accept(listener) {
-				n.accepted(time.Now())
+				n.countAccepted(time.Now())
 				check(watch(epoll, conn))
 			}
 		}
@@ -94,30 +96,38 @@ func replied(fd int, buf, answer []byte) bool {
 	return err == nil
 }
 
-func (n *checkCounts) closed() {
+func (n *checkCounts) countClosed() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.served.Served++
+	n.closed++
 }
 
-func (n *checkCounts) accepted(now time.Time) {
+func (n *checkCounts) countAccepted(now time.Time) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.recent = append(n.recent, now)
-	for now.Sub(n.recent[0]) > 100*time.Millisecond {
-		n.recent = n.recent[1:]
+	for len(n.tenths) <= int(now.Sub(n.began)/(100*time.Millisecond)) {
+		n.tenths = append(n.tenths, 0)
 	}
-	n.served.Most = max(n.served.Most, len(n.recent))
+	n.tenths[len(n.tenths)-1]++
+}
+
+// take returns what was counted since it did so before.
+func (n *checkCounts) take() (s served) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s.Served = n.closed
+	if len(n.tenths) > 0 {
+		slices.Sort(n.tenths)
+		s.Most = n.tenths[(len(n.tenths)-1)*99/100]
+	}
+	n.began, n.closed, n.tenths = time.Now(), 0, nil
+	return s
 }
 
 // tell says what was seen since it said so before, for each line.
 func (n *checkCounts) tell() {
 	out := json.NewEncoder(os.Stdout)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		n.mu.Lock()
-		now := n.served
-		n.served = served{}
-		n.mu.Unlock()
-		check(out.Encode(now))
+		check(out.Encode(n.take()))
 	}
 }
