@@ -69,8 +69,31 @@ func (m member) checkPort(g *generation) uint16 {
 func (g *generation) ask(ctx context.Context, t target, check checks.Check, w checks.Wire) error {
 	ctx, cancel := context.WithTimeout(ctx, g.checks.timeout)
 	defer cancel()
+	answer := make(chan error)
+	// Waited for right here. What it takes of stack, several times that of a connect,
+	// would stay with the backend's checker, of which there may be 10,000.
+	go g.put(ctx, t, check, w, answer)
+	err := <-answer
+	var panicked *checks.Panic
+	if errors.As(err, &panicked) {
+		g.logger.Error("panic in a health check", zap.String("lb", g.name), zap.String("backend", t.String()),
+			zap.Any("panic", panicked.Value), zap.ByteString("stack", panicked.Stack))
+	}
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return fmt.Errorf("no verdict within %s: %w", g.checks.timeout, err)
+	}
+	return err
+}
+
+// errCheckGone is of a check that ended its goroutine.
+var errCheckGone = errors.New("the check ended without a verdict")
+
+// put puts the question, and sends the answer.
+func (g *generation) put(ctx context.Context, t target, check checks.Check, w checks.Wire, answer chan<- error) {
 	deadline, _ := ctx.Deadline()
-	err := checks.Run(ctx, check, w, checks.Target{
+	err := errCheckGone
+	defer func() { answer <- err }()
+	err = checks.Run(ctx, check, w, checks.Target{
 		Address: t.String(),
 		Host:    t.host,
 		Dial: func(ctx context.Context) (net.Conn, error) {
@@ -81,15 +104,6 @@ func (g *generation) ask(ctx context.Context, t target, check checks.Check, w ch
 			return brief(conn)
 		},
 	})
-	var panicked *checks.Panic
-	if errors.As(err, &panicked) {
-		g.logger.Error("panic in a health check", zap.String("lb", g.name), zap.String("backend", t.String()),
-			zap.Any("panic", panicked.Value), zap.ByteString("stack", panicked.Stack))
-	}
-	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return fmt.Errorf("no verdict within %s: %w", g.checks.timeout, err)
-	}
-	return err
 }
 
 // asks is equal for two settings that ask the same of a backend, whenever and

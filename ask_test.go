@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -170,6 +171,22 @@ func TestPanicInACheckIsAFailure(t *testing.T) {
 		require.False(t, b.Available())
 		require.Equal(t, "panic in the check: bang", *b.lastError.Load())
 		require.Equal(t, 1, logs.FilterMessage("panic in a health check").Len())
+		g.stop()
+		synctest.Wait()
+	})
+}
+
+// Nobody waits for a check that is gone.
+func TestCheckThatEndsItsGoroutine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tell(t, t.Name(), func(context.Context, checks.Target) error {
+			runtime.Goexit()
+			return nil
+		})
+		g, _ := testGeneration(t, newFakeNet(), askedBy(t.Name(), nil, one))
+		g.start()
+		synctest.Wait()
+		require.Equal(t, "the check ended without a verdict", *g.members()[0].Backend.lastError.Load())
 		g.stop()
 		synctest.Wait()
 	})
