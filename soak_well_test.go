@@ -19,7 +19,7 @@ import (
 const wellPool = "well"
 
 // timeOut is how long a backend stays out that fails clients.
-const timeOut = 300 * time.Millisecond
+const timeOut = 1500 * time.Millisecond
 
 // wellness is the part of the soak that is about checks' options: one backend after
 // the other says that it is ill, fails clients though it says that it is well, or
