@@ -1,0 +1,113 @@
+//go:build unix
+
+package tcplb
+
+import (
+	"os"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// runExample runs a Caddyfile of examples/ with some of its text replaced: old,
+// new, and so on. Its site is at a port of its own.
+func runExample(t testing.TB, file string, replacements ...string) {
+	t.Helper()
+	text := readFile(t, file)
+	for i := 0; i < len(replacements); i += 2 {
+		require.Contains(t, text, replacements[i])
+		text = strings.ReplaceAll(text, replacements[i], replacements[i+1])
+	}
+	config, err := adapt(t, text)
+	require.NoError(t, err)
+	require.Contains(t, config, "127.0.0.1:9090")
+	config = strings.ReplaceAll(config, "127.0.0.1:9090", freeAddress(t))
+	noPoolsYet(t)
+	runCaddy(t, strings.Replace(config, "{", `{"admin":{"disabled":true,"config":{"persist":false}},"logging":{"logs":{"default":{"level":"ERROR"}}},`, 1))
+}
+
+// awaitAvailable waits until these backends of the pool are available, and no
+// others.
+func awaitAvailable(t testing.TB, pool string, addresses ...string) {
+	t.Helper()
+	eventually(t, func() bool {
+		for _, m := range registry.newest(pool).members() {
+			if m.Backend.Available() != slices.Contains(addresses, m.Backend.address) {
+				return false
+			}
+		}
+		return true
+	}, "%s has %q, others have %v", pool, addresses, lazily(func() any { return lastErrors(pool) }))
+}
+
+// awaitChecks waits until a backend has been checked so many times more.
+func awaitChecks(t testing.TB, address string, n float64) {
+	t.Helper()
+	checks := func() float64 { return metric(t, "health_checks_total", labels("backend", address)) }
+	from := checks()
+	eventually(t, func() bool { return checks() >= from+n }, "%v checks of %s", n, address)
+}
+
+// lastErrors says by address what is wrong with the backends of a pool.
+func lastErrors(pool string) map[string]string {
+	wrong := make(map[string]string)
+	for _, m := range registry.newest(pool).members() {
+		wrong[m.Backend.address] = textOf(&m.Backend.lastError)
+	}
+	return wrong
+}
+
+// logged is what a server that logs to its output has said.
+func (s *realServer) logged(t testing.TB) string {
+	t.Helper()
+	return readFile(t, s.running.output)
+}
+
+// serverUser is who runs a server that need not be root: its name, and how a
+// command becomes it.
+func serverUser(t testing.TB) (name, group string, as *syscall.Credential) {
+	t.Helper()
+	as = unprivileged(t)
+	uid, gid := os.Getuid(), os.Getgid()
+	if as != nil {
+		uid, gid = int(as.Uid), int(as.Gid)
+	}
+	u, err := user.LookupId(strconv.Itoa(uid))
+	require.NoError(t, err)
+	g, err := user.LookupGroupId(strconv.Itoa(gid))
+	require.NoError(t, err)
+	return u.Username, g.Name, as
+}
+
+// serverDir is a directory of a server's own, with a path short enough for its
+// sockets.
+func serverDir(t testing.TB, as *syscall.Credential) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tcplb") // t.TempDir is for the test's user only
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	own(t, dir, as)
+	return dir
+}
+
+// writeFile writes a server's file and returns its name.
+func writeFile(t testing.TB, dir, name, content string, as *syscall.Credential) string {
+	t.Helper()
+	name = filepath.Join(dir, name)
+	require.NoError(t, os.WriteFile(name, []byte(content), 0o600))
+	own(t, name, as)
+	return name
+}
+
+func own(t testing.TB, name string, as *syscall.Credential) {
+	t.Helper()
+	if as != nil {
+		require.NoError(t, os.Chown(name, int(as.Uid), int(as.Gid)))
+	}
+}
