@@ -3,6 +3,13 @@
 package tcplb
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -11,6 +18,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -110,4 +118,54 @@ func own(t testing.TB, name string, as *syscall.Credential) {
 	if as != nil {
 		require.NoError(t, os.Chown(name, int(as.Uid), int(as.Gid)))
 	}
+}
+
+// authority issues certificates.
+type authority struct {
+	t    testing.TB
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	file string // its own certificate
+	pool *x509.CertPool
+}
+
+func newAuthority(t testing.TB) *authority {
+	t.Helper()
+	a := &authority{t: t, pool: x509.NewCertPool()}
+	text, key := a.issue(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "the test's CA"}, NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	})
+	a.key = key
+	block, _ := pem.Decode([]byte(text))
+	var err error
+	a.cert, err = x509.ParseCertificate(block.Bytes)
+	require.NoError(t, err)
+	a.pool.AddCert(a.cert)
+	a.file = writeFile(t, t.TempDir(), "ca.pem", text, nil)
+	return a
+}
+
+// server writes certificate and key of a server to one file, which it returns.
+func (a *authority) server(dir, name string, notAfter time.Time, as *syscall.Credential) string {
+	a.t.Helper()
+	text, key := a.issue(&x509.Certificate{DNSNames: []string{name}, NotAfter: notAfter, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(a.t, err)
+	return writeFile(a.t, dir, "server.pem", text+string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})), as)
+}
+
+func (a *authority) issue(c *x509.Certificate) (text string, key *ecdsa.PrivateKey) {
+	a.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(a.t, err)
+	c.SerialNumber = big.NewInt(time.Now().UnixNano())
+	c.NotBefore = time.Now().Add(-24 * time.Hour)
+	parent, signer := a.cert, a.key
+	if parent == nil {
+		parent, signer = c, key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, signer)
+	require.NoError(a.t, err)
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), key
 }
