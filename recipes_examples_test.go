@@ -6,10 +6,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"io"
 	"math/big"
+	"net"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -168,4 +171,19 @@ func (a *authority) issue(c *x509.Certificate) (text string, key *ecdsa.PrivateK
 	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, signer)
 	require.NoError(a.t, err)
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), key
+}
+
+// speaks is a server that has a certificate for the name, says what it has to
+// say, and closes.
+func (a *authority) speaks(t testing.TB, name, text string) func(*net.TCPConn) {
+	t.Helper()
+	file := a.server(t.TempDir(), name, time.Now().Add(time.Hour), nil)
+	certificate, err := tls.LoadX509KeyPair(file, file)
+	require.NoError(t, err)
+	config := &tls.Config{Certificates: []tls.Certificate{certificate}}
+	return func(c *net.TCPConn) {
+		conn := tls.Server(c, config)
+		_, _ = io.WriteString(conn, text)
+		_ = conn.CloseWrite()
+	}
 }
