@@ -49,19 +49,6 @@ func snippetWith(t testing.TB, snippets []string, text string) (found string) {
 	return found
 }
 
-// servesAlone waits until of the pool's backends this one alone is up.
-func servesAlone(t testing.TB, pool, address string) {
-	t.Helper()
-	eventually(t, func() bool {
-		for _, m := range registry.newest(pool).members() {
-			if m.Backend.Available() != (m.Backend.address == address) {
-				return false
-			}
-		}
-		return true
-	}, "%s has %s alone: %v", pool, address, lazily(func() any { return lastErrors(pool) }))
-}
-
 // lastErrors is what the checks of the pool's backends found, by address.
 func lastErrors(pool string) map[string]string {
 	errors := make(map[string]string)

@@ -65,15 +65,6 @@ func awaitChecks(t testing.TB, address string, n float64) {
 	eventually(t, func() bool { return checks() >= from+n }, "%v checks of %s", n, address)
 }
 
-// lastErrors says by address what is wrong with the backends of a pool.
-func lastErrors(pool string) map[string]string {
-	wrong := make(map[string]string)
-	for _, m := range registry.newest(pool).members() {
-		wrong[m.Backend.address] = textOf(&m.Backend.lastError)
-	}
-	return wrong
-}
-
 // logged is what a server that logs to its output has said.
 func (s *realServer) logged(t testing.TB) string {
 	t.Helper()
@@ -94,17 +85,6 @@ func serverUser(t testing.TB) (name, group string, as *syscall.Credential) {
 	g, err := user.LookupGroupId(strconv.Itoa(gid))
 	require.NoError(t, err)
 	return u.Username, g.Name, as
-}
-
-// serverDir is a directory of a server's own, with a path short enough for its
-// sockets.
-func serverDir(t testing.TB, as *syscall.Credential) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "tcplb") // t.TempDir is for the test's user only
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
-	own(t, dir, as)
-	return dir
 }
 
 // writeFile writes a server's file and returns its name.

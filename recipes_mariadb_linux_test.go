@@ -57,7 +57,7 @@ func TestMariaDBCountsNoDialogue(t *testing.T) {
 	out, err := client.begin(t).wait()
 	require.Error(t, err)
 	require.Contains(t, out, "is blocked because of many connection errors")
-	servesAlone(t, defaultName, away.address)
+	awaitAvailable(t, defaultName, away.address)
 
 	t.Log("dialogues that log in")
 	login := snippetWith(t, fenced(t, "docs/databases.md", ""), `health_send "\x01\x00\x00\x00\x01"`)
@@ -128,8 +128,8 @@ func TestMariaDBRoles(t *testing.T) {
 	replica.follow(t, primary)
 	at := runMariaDBExample(t, map[string]string{"10.0.6.1:3306": primary.address, "10.0.6.2:3306": replica.address})
 	write := func() command { return mariaDBApp(at["3307"], "insert into d.writes values (@@server_id)") }
-	servesAlone(t, "mariadb-write", primary.address)
-	servesAlone(t, "mariadb-read", replica.address)
+	awaitAvailable(t, "mariadb-write", primary.address)
+	awaitAvailable(t, "mariadb-read", replica.address)
 	for range 5 {
 		write().run(t)
 	}
@@ -145,7 +145,7 @@ func TestMariaDBRoles(t *testing.T) {
 	replica.query(t, "stop slave sql_thread")
 	eventuallySays(t, "mariadb-read", replica.address, "replica OFF")
 	replica.query(t, "start slave")
-	servesAlone(t, "mariadb-read", replica.address)
+	awaitAvailable(t, "mariadb-read", replica.address)
 
 	t.Log("a switch-over")
 	primary.query(t, "set global read_only = 1")
@@ -155,8 +155,8 @@ func TestMariaDBRoles(t *testing.T) {
 	replica.query(t, "stop slave; reset slave all; set global read_only = 0")
 	primary.follow(t, replica)
 	primary, replica = replica, primary
-	servesAlone(t, "mariadb-write", primary.address)
-	servesAlone(t, "mariadb-read", replica.address)
+	awaitAvailable(t, "mariadb-write", primary.address)
+	awaitAvailable(t, "mariadb-read", replica.address)
 	out, err := waits.wait()
 	require.NoError(t, err, "who comes in between waits for the new primary: %s", out)
 	for range 4 {

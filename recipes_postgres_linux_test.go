@@ -29,8 +29,8 @@ func TestPostgreSQLRoles(t *testing.T) {
 		// Nothing is to be late here, however busy this machine is.
 		"health_timeout 1s": "health_timeout 20s", "lb_try_duration 10s": "lb_try_duration 60s", "lb_try_duration 2s": "lb_try_duration 60s",
 	})
-	servesAlone(t, "postgres-write", primary.address)
-	servesAlone(t, "postgres-read", replica.address)
+	awaitAvailable(t, "postgres-write", primary.address)
+	awaitAvailable(t, "postgres-read", replica.address)
 	requireWrites(t, write, primary)
 	require.Equal(t, replica.host(), ask1(t, read, "select host(inet_server_addr())"))
 
@@ -47,8 +47,8 @@ func TestPostgreSQLRoles(t *testing.T) {
 	require.NoError(t, err, "who comes in between waits for the new primary: %s", out)
 	primary.follow(t, replica)
 	primary, replica = replica, primary
-	servesAlone(t, "postgres-write", primary.address)
-	servesAlone(t, "postgres-read", replica.address)
+	awaitAvailable(t, "postgres-write", primary.address)
+	awaitAvailable(t, "postgres-read", replica.address)
 	out, err = running.wait()
 	t.Logf("pgbench over the switch-over: %v\n%s", err, out)
 	requireWrites(t, write, primary)
@@ -72,7 +72,7 @@ func TestPostgreSQLRoles(t *testing.T) {
 	left := ask1(t, primary.address, "select count(*) from writes")
 	replica.promote(t)
 	former, primary := primary, replica
-	servesAlone(t, "postgres-write", primary.address)
+	awaitAvailable(t, "postgres-write", primary.address)
 	requireCut(t, stay)
 	requireCut(t, inQuery)
 	requireWrites(t, write, primary)
@@ -101,15 +101,15 @@ func TestPostgreSQLRolesByDialogue(t *testing.T) {
 	runSnippet(t, "{\nlayer4 {\n"+pools+"}\n}\n")
 	eventuallySays(t, "primary", s.address, `role \"tcplb_check\" does not exist`)
 	pgClientAt("psql", s.address, "-c", snippetWith(t, fenced(t, "docs/databases.md", "sql"), "create role")).run(t)
-	servesAlone(t, "primary", s.address)
+	awaitAvailable(t, "primary", s.address)
 	eventuallySays(t, "replica", s.address, `\aprimary`)
 
 	_, err := s.running.end()
 	require.NoError(t, err)
 	s.standBy(t)
 	s.start(t)
-	servesAlone(t, "replica", s.address)
-	servesAlone(t, "primary", "")
+	awaitAvailable(t, "replica", s.address)
+	awaitAvailable(t, "primary", "")
 	eventuallySays(t, "primary", s.address, `\areplica`)
 }
 
