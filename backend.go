@@ -48,7 +48,7 @@ type Backend struct {
 
 	mu       sync.Mutex
 	users    int // generations that name it
-	sessions map[*session]struct{}
+	sessions sessionList
 	drain    *time.Timer // runs once no config names it
 	drainEnd time.Time   // when that is
 	cutAt    bool        // the drain timeout is over: later sessions end at once
@@ -89,7 +89,7 @@ type stats struct {
 }
 
 func newBackend(p *pool, address string, t target) *Backend {
-	b := &Backend{pool: p, address: address, target: t, given: defaultWeight, sessions: make(map[*session]struct{})}
+	b := &Backend{pool: p, address: address, target: t, given: defaultWeight}
 	b.healthy.Store(true)
 	var all poolTimes
 	if p != nil {
@@ -205,7 +205,7 @@ func (b *Backend) enter(s *session) reason {
 	b.stats.opened.Add(1)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.sessions[s] = struct{}{}
+	b.sessions.add(s)
 	if b.users == 0 && b.drain == nil { // adopted
 		b.drain = time.AfterFunc(time.Until(b.drainEnd), b.cut)
 	}
@@ -234,7 +234,7 @@ func (b *Backend) serves() bool {
 // leave counts the session as ended.
 func (b *Backend) leave(s *session, why reason, duration time.Duration) {
 	b.mu.Lock()
-	delete(b.sessions, s)
+	b.sessions.remove(s)
 	b.mu.Unlock()
 	b.stats.duration.observe(duration)
 	b.stats.closed[why].Add(1)
@@ -276,7 +276,7 @@ func (b *Backend) startDrainingLocked(until time.Time) (open int) {
 	if b.drain != nil {
 		return 0
 	}
-	b.drained = drained{open: len(b.sessions)}
+	b.drained = drained{open: b.sessions.count}
 	b.drainEnd = until
 	b.drain = time.AfterFunc(time.Until(until), b.cut)
 	return b.drained.open
@@ -299,7 +299,7 @@ func (b *Backend) drainBefore(t time.Time) {
 func (b *Backend) stopDrainingLocked() (open int) {
 	if b.drain != nil {
 		b.drain.Stop()
-		open = len(b.sessions)
+		open = b.sessions.count
 	}
 	b.drain, b.drainEnd, b.cutAt, b.drained = nil, time.Time{}, false, drained{}
 	return open

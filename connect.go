@@ -21,13 +21,14 @@ var (
 
 // link is a connection to a backend, and what it took.
 type link struct {
-	backend  *Backend
+	backend  *Backend // to be released after conn is closed
 	conn     net.Conn
-	release  func() // of the backend, after conn is closed
 	attempts int
 	took     time.Duration // of the successful connect alone
 	failed   failedConnects
 }
+
+func (l *link) release() { l.backend.release() }
 
 // search is one client's way to a backend. Each step is in the client's own
 // goroutine, but for a look at the client while a connect takes long.
@@ -180,7 +181,7 @@ func (s *search) round(g *generation) (*generation, error) {
 		s.attempts++
 		conn, took, err := s.dial(g, b)
 		if err == nil && b.serves() {
-			s.backend, s.conn, s.release, s.took = b, conn, b.release, took
+			s.backend, s.conn, s.took = b, conn, took
 			b.stats.dialTime.observe(took)
 			return g, nil
 		}

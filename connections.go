@@ -158,17 +158,15 @@ const sessionsAtOnce = 256
 func (b *Backend) visitSessions(f func(some []*session)) {
 	some := make([]*session, 0, sessionsAtOnce)
 	b.mu.Lock()
-	for s := range b.sessions {
-		if some = append(some, s); len(some) < sessionsAtOnce {
-			continue
-		}
+	c := b.sessions.cursor()
+	for c.next != nil {
+		some = c.take(some[:0])
 		b.mu.Unlock()
 		f(some)
-		some = some[:0]
 		b.mu.Lock()
 	}
+	c.end()
 	b.mu.Unlock()
-	f(some)
 }
 
 func (f foundSession) status(now time.Time) connectionStatus {

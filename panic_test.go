@@ -102,7 +102,7 @@ func TestPanicInCloseIsContained(t *testing.T) {
 			opened, active, _ := b.stats.connections()
 			require.EqualValues(t, 1, opened)
 			require.Zero(t, active)
-			require.Empty(t, b.sessions)
+			require.Zero(t, b.sessions.count)
 			require.Zero(t, b.Load())
 			require.Zero(t, g.pool.active.Load())
 		})

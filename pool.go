@@ -34,6 +34,8 @@ type pool struct {
 	overClients notice.Notice
 	sweep       sweep
 
+	onPanic func(value any, stack []byte) // logPanic
+
 	waiters waiters
 	changes atomic.Uint64 // of availability, of the newest generation, and of drainEnd
 	// drainEnd is when the drain timeout ends, once no config has the pool, in Unix
@@ -49,7 +51,9 @@ type pool struct {
 }
 
 func newPool(name string) *pool {
-	return &pool{name: name, backends: make(map[string]*Backend), times: newPoolTimes()}
+	p := &pool{name: name, backends: make(map[string]*Backend), times: newPoolTimes()}
+	p.onPanic = p.logPanic
+	return p
 }
 
 // totals sum up what a pool did.

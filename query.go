@@ -132,6 +132,8 @@ func addrPortOf(a net.Addr) netip.AddrPort {
 	switch a := a.(type) {
 	case nil:
 		return netip.AddrPort{}
+	case compactAddr:
+		return netip.AddrPort(a)
 	case *net.TCPAddr:
 		return a.AddrPort()
 	}

@@ -23,10 +23,11 @@ type session struct {
 	pool *pool
 	from net.Addr // the client's address
 	// client is what the handler was called with, or the accepted connection
-	// inside it where that was taken over.
+	// inside it where that was taken over; nil: an event loop has all of it.
 	client    net.Conn
 	of        clientKey   // whose it is
-	leavePool func()      // nil: it was not admitted
+	leavePool func(*pool) // nil: it was not admitted
+	place     place       // among the backend's
 	link                  // to the backend, once it has one
 	relay     relay.Relay // nil: it never had a backend
 	began     time.Time
@@ -44,13 +45,24 @@ func (g *generation) serve(cx *layer4.Connection) {
 		return
 	}
 	if c, ok := cx.Conn.(*listener.Conn); ok {
-		c.TakeOver()
-		s.client = c
+		s.takeOver(c)
 		s.relay.Start(s.finish)
 		return
 	}
 	s.relay.(*relay.Pair).Run() // others want a connection that can be taken over
 	s.finish()
+}
+
+// takeOver keeps of an accepted connection what is needed to its end. On an
+// event loop that is next to nothing, for thousands that rest.
+func (s *session) takeOver(c *listener.Conn) {
+	if _, ok := s.relay.(*relay.Pair); ok {
+		c.TakeOver()
+		s.client = c
+		return
+	}
+	c.GiveAway()
+	s.client, s.leavePool = nil, (*pool).leaveWithFiles
 }
 
 // begin admits the client, connects to a backend and prepares the relay.
@@ -79,6 +91,7 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 		s.why = find.failure(s.err)
 		return false
 	}
+	s.from = compact(s.from)
 	s.prepare(g, cx)
 	s.logConnected()
 	if why := s.backend.enter(s); why != reasonNone {
@@ -96,7 +109,7 @@ func (s *session) prepare(g *generation, cx *layer4.Connection) {
 		First:       prefetched(cx),
 		Up:          &s.backend.stats.received,
 		Down:        &s.backend.stats.sent,
-		OnPanic:     s.pool.logPanic,
+		OnPanic:     s.pool.onPanic,
 	}
 	if backend, ok := s.conn.(*socket.Conn); ok {
 		if client, ok := cx.Conn.(*listener.Conn); ok {
@@ -137,7 +150,7 @@ func (s *session) finish() {
 			s.pool.logPanic(v, debug.Stack())
 		}
 	}()
-	if s.release != nil {
+	if s.backend != nil {
 		defer s.release()
 	}
 	if s.leavePool != nil {
@@ -160,7 +173,7 @@ func (s *session) finish() {
 		s.pool.closed[s.why].Add(1)
 	}
 	if s.leavePool != nil {
-		s.leavePool()
+		s.leavePool(s.pool)
 	}
 	s.log(duration)
 }
@@ -187,7 +200,7 @@ func (s *session) closeBackend() {
 
 // closeClient closes a client that was admitted. Others are their listener's.
 func (s *session) closeClient() {
-	if s.leavePool == nil {
+	if s.leavePool == nil || s.client == nil {
 		return
 	}
 	if socket, ok := innermost(s.client).(interface{ SetLinger(int) error }); ok && s.relay == nil && s.why == reasonDrainTimeout {
@@ -272,7 +285,7 @@ func (s *session) logAccess(to *zap.Logger, duration time.Duration) {
 // admit counts the connection against the limits, first of all the client's own:
 // who is over that takes no place of others. why is the reason for a refusal. What
 // it counts for the client finish takes back.
-func (g *generation) admit(cx *layer4.Connection, client clientKey) (release func(), why reason) {
+func (g *generation) admit(cx *layer4.Connection, client clientKey) (release func(*pool), why reason) {
 	p := g.pool
 	if !p.clients.enterSoon(client, g.clientLimit) {
 		p.clients.refused.Store(new(client)) // a copy, which only this way needs
@@ -286,18 +299,18 @@ func (g *generation) admit(cx *layer4.Connection, client clientKey) (release fun
 	return nil, reasonMaxConnections
 }
 
-func (g *generation) admitToPool(cx *layer4.Connection) (release func(), ok bool) {
+func (g *generation) admitToPool(cx *layer4.Connection) (release func(*pool), ok bool) {
 	p := g.pool
 	if n := p.active.Add(1); g.limit > 0 && n > g.limit {
 		p.leave()
 		p.overLimit.Add(p.warnOfLimit)
 		return nil, false
 	}
-	release, ok = p.leave, true
+	release, ok = (*pool).leave, true
 	if c := acceptedFrom(cx.Conn); c != nil {
 		ok = c.Admit()
 	} else if ok = files.Process.AcquirePair(); ok {
-		release = p.leaveWithFiles
+		release = (*pool).leaveWithFiles
 	}
 	if !ok {
 		p.leave()

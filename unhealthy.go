@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -56,11 +57,7 @@ func (b *Backend) closeDown(timer **time.Timer) {
 
 // openLocked returns the open sessions; b's mutex must be held.
 func (b *Backend) openLocked() []*session {
-	open := make([]*session, 0, len(b.sessions))
-	for s := range b.sessions {
-		open = append(open, s)
-	}
-	return open
+	return slices.AppendSeq(make([]*session, 0, b.sessions.count), b.sessions.all())
 }
 
 // doubtLocked makes a backend that joins down until a check has passed, if g, its

@@ -49,7 +49,7 @@ func openSession(t testing.TB, g *generation, b *Backend) (*session, chan reason
 	t.Helper()
 	ended := make(chan reason, 1)
 	require.Equal(t, wasTaken, b.take())
-	s := &session{pool: g.pool, began: time.Now(), link: link{backend: b, release: b.release}}
+	s := &session{pool: g.pool, began: time.Now(), link: link{backend: b}}
 	s.relay = &fakeRelay{cut: func(why reason) {
 		b.leave(s, why, 0)
 		b.release()
@@ -110,7 +110,7 @@ func TestConnectionsOfADownBackend(t *testing.T) {
 					require.Equal(t, reasonBackendDown, <-late, "one that was connecting meanwhile is over at once")
 				}
 				require.Empty(t, other, "the other backend's go on")
-				for s := range g.members()[1].Backend.sessions {
+				for s := range g.members()[1].Backend.sessions.all() {
 					s.end(reasonKilled)
 				}
 				g.stop()

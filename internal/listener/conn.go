@@ -185,6 +185,14 @@ func (c *Conn) NetConn() net.Conn {
 // returns at once, and the Close that caddy-l4 then calls does nothing.
 func (c *Conn) TakeOver() { c.taken.Store(true) }
 
+// GiveAway is TakeOver for one whose descriptor was detached and whose handler
+// has admitted it: the caller has its pair of files to release, and needs nothing
+// of c any more.
+func (c *Conn) GiveAway() {
+	c.holds.Store(holdsNothing)
+	c.TakeOver()
+}
+
 // Close closes the connection, unless it was taken over.
 func (c *Conn) Close() error {
 	if c.taken.Load() {

@@ -15,10 +15,10 @@ import (
 // Fields without atomics are the loop's, once it has started.
 type Looped struct {
 	verdict
-	loop            *loop.Loop
-	ref             loop.Ref
-	client, backend loopedSide
-	up, down        loopedWay // client to backend, and back
+	state    atomic.Uint32 // started, cutting, gone
+	loop     *loop.Loop
+	ref      loop.Ref
+	up, down loopedWay // client to backend, and back
 
 	idleTimeout time.Duration // 0 = never
 	lifetime    time.Duration // likewise
@@ -26,14 +26,22 @@ type Looped struct {
 	ended       func()
 	delivery    *loopedDelivery // nil: none is awaited
 
-	started, cutting, gone atomic.Bool
-	registered             bool
-	moving                 bool // has asked for a turn
-	over                   bool // both sockets are closed
-	keepsAlive             bool
-	began                  int64        // by the loop's clock
-	lastMoved              atomic.Int64 // likewise
+	registered bool
+	moving     bool // has asked for a turn
+	over       bool // both sockets are closed
+	keepsAlive bool
+	began      int64        // by the loop's clock
+	lastMoved  atomic.Int64 // likewise
 }
+
+// Bits of a Looped's state.
+const (
+	started = 1 << iota
+	cutting
+	gone
+)
+
+func (r *Looped) is(state uint32) bool { return r.state.Load()&state != 0 }
 
 var _ Relay = (*Looped)(nil)
 
@@ -84,15 +92,18 @@ func NewLooped(client, backend int, o Options) (*Looped, error) {
 func NewLoopedOn(l *loop.Loop, client, backend int, o Options) *Looped {
 	r := &Looped{
 		loop:        l,
-		client:      loopedSide{fd: int32(client), closed: ClientClosed, reset: ClientReset},
-		backend:     loopedSide{fd: int32(backend), closed: BackendClosed, reset: BackendReset},
 		idleTimeout: o.IdleTimeout,
 		lifetime:    o.Lifetime,
 		onPanic:     o.OnPanic,
 		began:       l.Clock(),
 	}
-	r.up = loopedWay{src: &r.client, dst: &r.backend, rest: o.First, total: o.Up}
-	r.down = loopedWay{src: &r.backend, dst: &r.client, total: o.Down}
+	r.up = loopedWay{dst: &r.down.src, total: o.Up}
+	r.up.src = loopedSide{fd: int32(client), closed: ClientClosed, reset: ClientReset}
+	r.down = loopedWay{dst: &r.up.src, total: o.Down}
+	r.down.src = loopedSide{fd: int32(backend), closed: BackendClosed, reset: BackendReset}
+	if len(o.First) > 0 {
+		r.up.left = &leftover{bytes: o.First}
+	}
 	r.lastMoved.Store(r.began)
 	return r
 }
@@ -101,18 +112,18 @@ func NewLoopedOn(l *loop.Loop, client, backend int, o Options) *Looped {
 // own.
 func (r *Looped) Start(ended func()) {
 	r.ended = ended
-	r.started.Store(true)
+	r.state.Or(started)
 	r.loop.Post(r, postedStart)
 }
 
 // Cut is a part of Relay.
 func (r *Looped) Cut(why Reason) {
-	if r.gone.Load() {
+	if r.is(gone) {
 		return
 	}
 	r.conclude(why)
-	r.cutting.Store(true) // before the look: who starts it looks the other way around
-	if r.started.Load() {
+	r.state.Or(cutting) // before the look: who starts it looks the other way around
+	if r.is(started) {
 		r.loop.Post(r, postedCut)
 	}
 }
@@ -133,11 +144,11 @@ func (r *Looped) Posted(what uint32) {
 	if r.over || !r.registered { // the start, which comes yet, finds the cut
 		return
 	}
-	if r.cutting.Load() {
+	if r.is(cutting) {
 		r.sever()
 		return
 	}
-	for tag, s := range []*loopedSide{&r.client, &r.backend} {
+	for tag, s := range []*loopedSide{&r.up.src, &r.down.src} {
 		if r.loop.Add(int(s.fd), r.ref, uint32(tag)) != nil { // somebody closed it, or there is no memory
 			r.conclude(Error)
 			r.sever()
@@ -149,10 +160,11 @@ func (r *Looped) Posted(what uint32) {
 
 // Ready is a part of loop.Handler.
 func (r *Looped) Ready(tag, events uint32) {
-	s, w := &r.client, &r.up
+	w := &r.up
 	if tag == 1 {
-		s, w = &r.backend, &r.down
+		w = &r.down
 	}
+	s := &w.src
 	const end = unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR
 	s.writable = s.writable || events&(unix.EPOLLOUT|unix.EPOLLERR) != 0
 	w.readable = w.readable || events&(unix.EPOLLIN|end) != 0
@@ -185,8 +197,8 @@ func (r *Looped) again() {
 func (r *Looped) move() {
 	more := r.pump(&r.up)
 	more = r.pump(&r.down) || more
-	r.findReset(&r.client, &r.up, &r.down)
-	r.findReset(&r.backend, &r.down, &r.up)
+	r.findReset(&r.up.src, &r.up, &r.down)
+	r.findReset(&r.down.src, &r.down, &r.up)
 	switch {
 	case r.over:
 	case r.up.done && r.down.done:
@@ -252,13 +264,13 @@ func (r *Looped) destinationLost(w *loopedWay) {
 	w.end()
 	w.dst.lost = true
 	if w.dst.finished {
-		r.severDelivered(w.src)
+		r.severDelivered(&w.src)
 		return
 	}
 	r.conclude(w.dst.reset)
 	back := r.back(w)
 	back.readable, back.src.ending = true, true
-	r.deliver(w.src, false)
+	r.deliver(&w.src, false)
 	r.again()
 }
 
@@ -354,7 +366,7 @@ func (r *Looped) Expired() {
 		return
 	case !r.keepsAlive && now-r.began >= int64(keepAliveAfter):
 		r.keepsAlive = true
-		keepAliveOn(int(r.backend.fd))
+		keepAliveOn(int(r.down.src.fd))
 	}
 	r.setTimer()
 }
@@ -383,7 +395,7 @@ func (r *Looped) sever() {
 	if r.over {
 		return
 	}
-	for _, s := range []*loopedSide{&r.client, &r.backend} {
+	for _, s := range []*loopedSide{&r.up.src, &r.down.src} {
 		_ = unix.SetsockoptLinger(int(s.fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	}
 	r.finish()
@@ -396,9 +408,9 @@ func (r *Looped) finish() {
 	r.down.end()
 	r.delivery = nil
 	r.loop.Release(r.ref)
-	_ = unix.Close(int(r.backend.fd))
-	_ = unix.Close(int(r.client.fd))
-	r.gone.Store(true)
+	_ = unix.Close(int(r.down.src.fd))
+	_ = unix.Close(int(r.up.src.fd))
+	r.state.Or(gone)
 	r.loop.After(r.ended)
 	r.loop.Leave()
 }

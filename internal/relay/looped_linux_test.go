@@ -187,7 +187,7 @@ func TestLoopedKeepsOldConnectionsAlive(t *testing.T) {
 	defer far.Close()
 	r, why := loopedBetween(t, nearClient, conn, Options{IdleTimeout: time.Hour})
 	option := func(level, name int) (value int) {
-		r.on(t, func() { value, _ = unix.GetsockoptInt(int(r.backend.fd), level, name) })
+		r.on(t, func() { value, _ = unix.GetsockoptInt(int(r.down.src.fd), level, name) })
 		return value
 	}
 	require.Zero(t, option(unix.SOL_SOCKET, unix.SO_KEEPALIVE))
@@ -257,7 +257,7 @@ func TestLoopedDeliveryIsGivenUp(t *testing.T) {
 			eventually(t, func() bool { return looped.Reason() == BackendReset }, "it is found at once")
 			looped.on(t, func() {
 				d, now := *looped.delivery, looped.loop.Now()
-				assert.Same(t, &looped.client, d.to)
+				assert.Same(t, &looped.up.src, d.to)
 				assert.False(t, d.done(looped, now))
 				d.began, d.progressed = now-int64(after)+1, now-int64(deliveryPatience)+1
 				assert.False(t, d.done(looped, now))

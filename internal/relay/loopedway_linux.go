@@ -13,17 +13,22 @@ const turnBytes = 256 << 10
 
 // loopedWay is one of a Looped's two ways.
 type loopedWay struct {
-	src, dst *loopedSide
-	// rest was read and is not written yet, a buffer at most, but for what was
-	// read before the relay began.
-	rest  []byte
-	buf   *[bufferSize]byte // holds rest; nil: it is not of the pool
-	total *atomic.Uint64    // live count of whoever keeps the books
-	moved atomic.Uint64
+	src   loopedSide
 	most  int32 // bytes to splice at once
 	full  uint8 // buffers filled in a row
 	small uint8 // small splices in a row
 	flags
+	dst   *loopedSide    // the other way's src
+	left  *leftover      // nil: the destination has always taken all
+	total *atomic.Uint64 // live count of whoever keeps the books
+	moved atomic.Uint64
+}
+
+// leftover was read and is not written yet, a buffer at most, but for what was
+// read before the relay began.
+type leftover struct {
+	bytes []byte
+	buf   *[bufferSize]byte // holds them; nil: it is not of the pool
 }
 
 type flags struct {
@@ -48,12 +53,30 @@ func (w *loopedWay) end() {
 	w.drop()
 }
 
+// leave has room for n bytes that were read, to be written once the destination
+// takes them.
+func (w *loopedWay) leave(n int) []byte {
+	if w.left == nil {
+		w.left = new(leftover)
+	}
+	if n > bufferSize {
+		w.left.bytes = make([]byte, n)
+	} else {
+		w.left.buf = buffers.Get().(*[bufferSize]byte)
+		w.left.bytes = w.left.buf[:n]
+	}
+	return w.left.bytes
+}
+
 // drop gives the buffer back.
 func (w *loopedWay) drop() {
-	if w.buf != nil {
-		buffers.Put(w.buf)
+	if w.left == nil {
+		return
 	}
-	w.buf, w.rest = nil, nil
+	if w.left.buf != nil {
+		buffers.Put(w.left.buf)
+	}
+	*w.left = leftover{}
 }
 
 // pump moves one way's bytes until there are none, the destination is full or
@@ -61,8 +84,8 @@ func (w *loopedWay) drop() {
 func (r *Looped) pump(w *loopedWay) (more bool) {
 	for left := turnBytes; !w.done && w.dst.writable; {
 		switch {
-		case len(w.rest) > 0:
-			left -= r.writeRest(w)
+		case w.left != nil && len(w.left.bytes) > 0:
+			left -= r.writeLeft(w)
 		case !w.readable:
 			return false
 		case left <= 0:
@@ -104,10 +127,10 @@ func (r *Looped) write(w *loopedWay, b []byte) (n int) {
 	return n
 }
 
-func (r *Looped) writeRest(w *loopedWay) int {
-	n := r.write(w, w.rest)
-	if n < len(w.rest) {
-		w.rest = w.rest[n:]
+func (r *Looped) writeLeft(w *loopedWay) int {
+	n := r.write(w, w.left.bytes)
+	if n < len(w.left.bytes) {
+		w.left.bytes = w.left.bytes[n:]
 	} else {
 		w.drop()
 	}
@@ -130,7 +153,7 @@ func (r *Looped) copy(w *loopedWay) int {
 		// end may have been told before.
 		w.readable = n == len(buf) || w.src.ending || w.urgent
 		if m := r.write(w, buf[:n]); m < n && !w.done {
-			w.keep(buf[m:n])
+			copy(w.leave(n-m), buf[m:n])
 		}
 	case err == unix.EAGAIN:
 		w.readable = false
@@ -151,12 +174,6 @@ func (w *loopedWay) learn(n, size int) {
 		w.full = min(w.full+1, bulkAfter)
 	}
 	w.bulk = w.full >= bulkAfter && !w.noSplice
-}
-
-// keep has b written once the destination takes it.
-func (w *loopedWay) keep(b []byte) {
-	w.buf = buffers.Get().(*[bufferSize]byte)
-	w.rest = w.buf[:copy(w.buf[:], b)]
 }
 
 // splice relays what the destination has room for, without copying it. In the
@@ -202,7 +219,7 @@ func (r *Looped) splice(w *loopedWay) int {
 }
 
 // emptyPipe delivers the n bytes in the pipe. What the destination doesn't take
-// at once is left in rest.
+// at once is left over.
 func (r *Looped) emptyPipe(w *loopedWay, pp *pipe, n int) {
 	left := n
 	for left > 0 {
@@ -230,14 +247,9 @@ func (r *Looped) emptyPipe(w *loopedWay, pp *pipe, n int) {
 
 // takeOut moves what is left in the pipe to memory.
 func (w *loopedWay) takeOut(pp *pipe, left int) error {
-	if left <= bufferSize {
-		w.buf = buffers.Get().(*[bufferSize]byte)
-		w.rest = w.buf[:left]
-	} else {
-		w.rest = make([]byte, left)
-	}
+	b := w.leave(left)
 	for got := 0; got < left; {
-		n, err := readNow(pp.r, w.rest[got:])
+		n, err := readNow(pp.r, b[got:])
 		if err != nil {
 			return err
 		}

@@ -3,7 +3,7 @@ package relay
 import "sync/atomic"
 
 // Reason says why a connection ended.
-type Reason uint32
+type Reason uint8
 
 const (
 	None          Reason = iota // still open
