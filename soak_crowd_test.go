@@ -38,6 +38,7 @@ func (s *soak) join(rnd *rand.Rand) {
 		return // turned away, before it came to know that it was connected
 	}
 	defer conn.Close()
+	arrive(conn)
 	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
 	if _, err := conn.Write([]byte{soakAbort}); err != nil {
 		return
