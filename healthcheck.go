@@ -352,7 +352,7 @@ func (c *checker) judge(err error, took time.Duration) {
 		b.stats.checksFailed.Add(1)
 		b.setError(err)
 	}
-	b.lastCheck.Store(time.Now().UnixNano())
+	ended := time.Now()
 
 	was := c.verdict
 	c.verdict = was.next(err == nil, g.checks.passes, g.checks.fails)
@@ -360,7 +360,9 @@ func (c *checker) judge(err error, took time.Duration) {
 	if c.verdict.down != was.down || !was.settled {
 		turned = c.turn(g, err)
 	}
-	if first := !c.judged.Swap(true); first || turned {
+	first := !c.judged.Swap(true)
+	b.lastCheck.Store(ended.UnixNano()) // who sees it sees what came of it
+	if first || turned {
 		g.pool.changed()
 	}
 }
