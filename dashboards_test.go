@@ -138,8 +138,8 @@ func TestDashboards(t *testing.T) {
 	}
 	for name, b := range boards {
 		t.Run(name, func(t *testing.T) {
-			require.Len(t, b.Templating.List, 2)
-			for i, want := range []string{"lb", "backend"} {
+			require.Len(t, b.Templating.List, 3)
+			for i, want := range []string{"instance", "lb", "backend"} {
 				v := b.Templating.List[i]
 				require.Equal(t, want, v.Name)
 				require.Equal(t, uid, v.Datasource.UID)
@@ -160,6 +160,7 @@ func TestDashboards(t *testing.T) {
 				for _, q := range p.Targets {
 					require.Equal(t, p.Datasource, q.Datasource, p.Title)
 					require.NotEqual(t, q.Instant, q.Range, p.Title)
+					requireInstance(t, q.Expr)
 				}
 				require.False(t, slices.Contains(ids, p.ID), "%s has the id of another panel", p.Title)
 				ids = append(ids, p.ID)
@@ -236,7 +237,7 @@ func decodeYAML(t testing.TB, file string, into any) {
 // substitute fills in what Grafana does before it sends a query.
 func substitute(expr string) string {
 	return strings.NewReplacer(
-		"$lb", ".*", "$backend", ".*",
+		"$instance", ".*", "$lb", ".*", "$backend", ".*",
 		"$__rate_interval", "1m", "$__range", "5m", "$__interval", "2m",
 	).Replace(expr)
 }
@@ -253,4 +254,12 @@ func expressions(t testing.TB) map[string]string {
 		}
 	}
 	return all
+}
+
+// requireInstance wants every series of the query to be of the balancers chosen.
+func requireInstance(t *testing.T, query string) {
+	t.Helper()
+	for _, after := range strings.Split(query, "tcp_lb_")[1:] {
+		require.Regexp(t, `^\w+\{instance=~"\$instance"`, after, query)
+	}
 }

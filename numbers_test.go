@@ -324,9 +324,9 @@ func (s *stage) everyExpression(t *testing.T) {
 
 	for _, b := range loadBoards(t) {
 		var lbs, addresses []string
-		p.get("label/lb/values", variable(t, b.Templating.List[0].Query.Query, "lb"), &lbs)
+		p.get("label/lb/values", variable(t, strings.ReplaceAll(b.Templating.List[1].Query.Query, "$instance", ".*"), "lb"), &lbs)
 		require.Equal(t, []string{"dead", "poor", "retry", "shaky", "small", "web"}, lbs)
-		p.get("label/backend/values", variable(t, strings.ReplaceAll(b.Templating.List[1].Query.Query, "$lb", "web"), "backend"), &addresses)
+		p.get("label/backend/values", variable(t, strings.NewReplacer("$instance", ".*", "$lb", "web").Replace(b.Templating.List[2].Query.Query), "backend"), &addresses)
 		require.ElementsMatch(t, []string{s.heavy.address, s.light.address}, addresses)
 	}
 
