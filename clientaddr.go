@@ -18,5 +18,8 @@ func compact(a net.Addr) net.Addr {
 		return a
 	}
 	ap := tcp.AddrPort()
+	if !ap.IsValid() { // a wrapper may give anything
+		return a
+	}
 	return compactAddr(netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()))
 }

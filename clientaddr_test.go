@@ -26,4 +26,7 @@ func TestCompactAddr(t *testing.T) {
 	unix := &net.UnixAddr{Name: "@", Net: "unix"}
 	require.Same(t, unix, compact(unix))
 	require.Nil(t, compact(nil))
+	for _, odd := range []*net.TCPAddr{nil, {}, {IP: net.IP{1, 2, 3}}} {
+		require.Equal(t, odd.String(), compact(odd).String())
+	}
 }
