@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/loop"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -239,7 +240,7 @@ func (r *Looped) sourceEnded(w *loopedWay) {
 	// Where the other way has ended before, both are closed right away.
 	if !w.dst.finished && !w.dst.lost {
 		w.dst.shut = true
-		_ = unix.Shutdown(int(w.dst.fd), unix.SHUT_WR)
+		_ = raw.Shutdown(int(w.dst.fd), unix.SHUT_WR)
 	}
 }
 
@@ -408,8 +409,8 @@ func (r *Looped) finish() {
 	r.down.end()
 	r.delivery = nil
 	r.loop.Release(r.ref)
-	_ = unix.Close(int(r.down.src.fd))
-	_ = unix.Close(int(r.up.src.fd))
+	_ = raw.Close(int(r.down.src.fd))
+	_ = raw.Close(int(r.up.src.fd))
 	r.state.Or(gone)
 	r.loop.After(r.ended)
 	r.loop.Leave()

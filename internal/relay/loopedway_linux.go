@@ -4,6 +4,7 @@ import (
 	"io"
 	"sync/atomic"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -112,7 +113,7 @@ func (r *Looped) count(w *loopedWay, n int) {
 // returns how much it took. If it has failed, the way is done.
 func (r *Looped) write(w *loopedWay, b []byte) (n int) {
 	for n < len(b) {
-		m, err := writeNow(int(w.dst.fd), b[n:])
+		m, err := raw.Write(int(w.dst.fd), b[n:])
 		switch {
 		case err == unix.EAGAIN:
 			w.dst.writable = false
@@ -145,7 +146,7 @@ func (r *Looped) copy(w *loopedWay) int {
 		return 0
 	}
 	buf := r.loop.Buffer()
-	n, err := readNow(int(w.src.fd), buf)
+	n, err := raw.Read(int(w.src.fd), buf)
 	switch {
 	case n > 0:
 		w.learn(n, len(buf))
@@ -249,7 +250,7 @@ func (r *Looped) emptyPipe(w *loopedWay, pp *pipe, n int) {
 func (w *loopedWay) takeOut(pp *pipe, left int) error {
 	b := w.leave(left)
 	for got := 0; got < left; {
-		n, err := readNow(pp.r, b[got:])
+		n, err := raw.Read(pp.r, b[got:])
 		if err != nil {
 			return err
 		}

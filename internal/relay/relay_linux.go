@@ -1,8 +1,7 @@
 package relay
 
 import (
-	"unsafe"
-
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -86,7 +85,7 @@ func (p *pump) feed() error {
 // reads once, and leaves no buffer at the end.
 func (p *pump) fill(fd uintptr) (done bool) {
 	buf := buffers.Get().(*[bufferSize]byte)
-	n, err := readNow(int(fd), buf[:])
+	n, err := raw.Read(int(fd), buf[:])
 	if n > 0 {
 		p.buf, p.rest = buf, buf[:n]
 		return true
@@ -141,7 +140,7 @@ func (p *pump) copy(fd int) step {
 }
 
 func (p *pump) copyOnce(fd int, buf []byte) step {
-	n, err := readNow(fd, buf)
+	n, err := raw.Read(fd, buf)
 	switch {
 	case n > 0:
 		p.large = n >= smallSplice
@@ -203,7 +202,7 @@ func (p *pump) delivered(err error) error {
 // writable, until all of the buffer is written or the destination fails.
 func (p *pump) writeRest(fd uintptr) (done bool) {
 	for len(p.rest) > 0 {
-		n, err := writeNow(int(fd), p.rest)
+		n, err := raw.Write(int(fd), p.rest)
 		switch {
 		case err == unix.EAGAIN:
 			return false
@@ -215,23 +214,4 @@ func (p *pump) writeRest(fd uintptr) (done bool) {
 		p.d.count(n)
 	}
 	return true
-}
-
-// readNow and writeNow are read(2) and write(2) on a descriptor that does not
-// block. They don't tell Go's scheduler of the call, which it would take for
-// one that may last: on a busy machine it then gives the processor away and back.
-func readNow(fd int, b []byte) (int, error)  { return callNow(unix.SYS_READ, fd, b) }
-func writeNow(fd int, b []byte) (int, error) { return callNow(unix.SYS_WRITE, fd, b) }
-
-func callNow(trap uintptr, fd int, b []byte) (int, error) {
-	for {
-		n, _, errno := unix.RawSyscall(trap, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		switch errno {
-		case 0:
-			return int(n), nil
-		case unix.EINTR:
-		default:
-			return 0, errno
-		}
-	}
 }

@@ -3,6 +3,7 @@ package relay
 import (
 	"io"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -106,7 +107,7 @@ func (p *pump) takeOut(pp *pipe, left int) {
 		p.rest = make([]byte, left)
 	}
 	for got := 0; got < left && p.werr == nil; {
-		n, err := readNow(pp.r, p.rest[got:])
+		n, err := raw.Read(pp.r, p.rest[got:])
 		if n == 0 && err == nil {
 			err = io.ErrUnexpectedEOF
 		}

@@ -4,12 +4,14 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -136,7 +138,7 @@ func (c *Conn) Close() error {
 	case detached:
 		return nil
 	case fd >= 0:
-		return c.failure("close", os.NewSyscallError("close", unix.Close(fd)))
+		return c.failure("close", os.NewSyscallError("close", raw.Close(fd)))
 	}
 	if real := c.real.Load(); real != nil {
 		return (*real).Close() // says so if it is closed
@@ -322,6 +324,23 @@ func (c *Conn) failureLocked(op string, err error) error {
 		local = c.unnamed
 	}
 	return &net.OpError{Op: op, Net: c.network, Source: local, Addr: c.remote, Err: err}
+}
+
+// tcpAddr makes a net.TCPAddr, in one piece.
+func tcpAddr(ap netip.AddrPort, zone uint32) *net.TCPAddr {
+	a := new(struct {
+		net.TCPAddr
+		ip [16]byte
+	})
+	a.IP, a.Port, a.Zone = a.ip[:0], int(ap.Port()), zones.name(zone)
+	if ip := ap.Addr(); ip.Is4() {
+		b := ip.As4()
+		a.IP = append(a.IP, b[:]...)
+	} else {
+		b := ip.As16()
+		a.IP = append(a.IP, b[:]...)
+	}
+	return &a.TCPAddr
 }
 
 // addrOf returns nil for what is no address of a stream.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,7 +41,7 @@ func ConnectFrom(from netip.Addr, to netip.AddrPort, deadline time.Time, await A
 			if err = c.meet(to); err == nil {
 				return c, nil
 			}
-			_ = unix.Close(fd)
+			_ = raw.Close(fd)
 		}
 		if try == connects || err != errConnectedToItself && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return nil, &net.OpError{Op: "dial", Net: "tcp", Source: source, Addr: remote, Err: err}
@@ -58,11 +59,11 @@ var errConnectedToItself = os.NewSyscallError("connect", unix.ECONNREFUSED)
 
 // meet finds out the addresses of a connection that is established.
 func (c *Conn) meet(to netip.AddrPort) error {
-	sa, err := unix.Getsockname(c.fd)
+	name, zone, err := raw.LocalAddr(c.fd)
 	if err != nil {
 		return os.NewSyscallError("getsockname", err)
 	}
-	local, remote := addrOf(sa).(*net.TCPAddr), c.remote.(*net.TCPAddr)
+	local, remote := tcpAddr(name, zone), c.remote.(*net.TCPAddr)
 	if to.Addr().IsUnspecified() { // which is this host's loopback address
 		if sa, err := unix.Getpeername(c.fd); err == nil {
 			remote = addrOf(sa).(*net.TCPAddr)
@@ -100,52 +101,45 @@ func open(family int, from, to unix.Sockaddr, deadline time.Time, await Await) (
 		return -1, os.NewSyscallError("socket", err)
 	}
 	if family != unix.AF_UNIX {
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+		_ = raw.SetInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	}
 	if from != nil {
 		// Without the option bind takes a port, of which each serves one connection only.
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+		_ = raw.SetInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 		if err := unix.Bind(fd, from); err != nil {
-			_ = unix.Close(fd)
+			_ = raw.Close(fd)
 			return -1, os.NewSyscallError("bind", err)
 		}
 	}
-	switch err = unix.Connect(fd, to); err {
+	switch err = raw.Connect(fd, to); err {
 	case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:
-		err = established(fd, deadline, await)
+		err = established(fd, to, deadline, await)
 	case unix.EISCONN:
 		err = nil
 	default:
 		err = os.NewSyscallError("connect", err)
 	}
 	if err != nil {
-		_ = unix.Close(fd)
+		_ = raw.Close(fd)
 		return -1, err
 	}
 	return fd, nil
 }
 
-// established waits for the end of a connect. On loopback it has come already.
-func established(fd int, deadline time.Time, await Await) error {
-	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+// established waits for the end of a connect. On loopback it has come already. To
+// call connect again says how it ended, and changes nothing before.
+func established(fd int, to unix.Sockaddr, deadline time.Time, await Await) error {
 	for {
-		n, err := unix.Poll(p, 0)
-		switch {
-		case n > 0:
-			errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-			if err != nil {
-				return os.NewSyscallError("getsockopt", err)
-			}
-			if errno != 0 {
-				return os.NewSyscallError("connect", unix.Errno(errno))
-			}
+		switch err := raw.Connect(fd, to); err {
+		case nil, unix.EISCONN:
 			return nil
-		case err == nil:
+		case unix.EALREADY, unix.EINPROGRESS:
 			if err := await(fd, deadline); err != nil {
 				return err
 			}
-		case err != unix.EINTR:
-			return os.NewSyscallError("poll", err)
+		case unix.EINTR:
+		default:
+			return os.NewSyscallError("connect", err)
 		}
 	}
 }

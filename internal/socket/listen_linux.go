@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -127,10 +128,10 @@ func (l *Listener) Accept() (*Conn, error) {
 // is none.
 func (c *Conn) acceptFrom(listener int) (done bool, err error) {
 	for {
-		fd, sa, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		fd, from, zone, err := raw.Accept(listener)
 		switch err {
 		case nil:
-			c.fd, c.remote = fd, addrOf(sa)
+			c.fd, c.remote = fd, tcpAddr(from, zone)
 			return true, nil
 		case unix.EAGAIN:
 			return false, nil
