@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/raw"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,6 +31,7 @@ type Conn struct {
 	fd              int        // -1: it is real, closed or detached
 	closed          bool
 	detached        bool
+	lingers         bool     // Close may wait
 	local           net.Addr // nil: not asked for
 	readBy, writeBy time.Time
 }
@@ -91,12 +91,13 @@ func goSocket(fd int) (net.Conn, error) {
 
 // Detach gives the descriptor away, which is non-blocking and in nobody's
 // poller. From then on c has addresses only, and Close does nothing. It reports
-// false if c is closed or detached, or there is no file for a copy, by which c
-// leaves Go's poller; then c is as it was. Nobody may be reading or writing.
+// false if c is closed or detached, if its close may wait, or there is no file for a
+// copy, by which c leaves Go's poller; then c is as it was. Nobody may be reading or
+// writing.
 func (c *Conn) Detach() (fd int, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || c.detached {
+	if c.closed || c.detached || c.lingers {
 		return -1, false
 	}
 	c.findLocalLocked()
@@ -138,7 +139,7 @@ func (c *Conn) Close() error {
 	case detached:
 		return nil
 	case fd >= 0:
-		return c.failure("close", os.NewSyscallError("close", raw.Close(fd)))
+		return c.failure("close", os.NewSyscallError("close", unix.Close(fd)))
 	}
 	if real := c.real.Load(); real != nil {
 		return (*real).Close() // says so if it is closed
@@ -292,6 +293,7 @@ func (c *Conn) setDeadline(set func(net.Conn, time.Time) error, t time.Time, rem
 // SetLinger is that of net.TCPConn.
 func (c *Conn) SetLinger(seconds int) error {
 	c.mu.Lock()
+	c.lingers = seconds > 0
 	if c.fd >= 0 {
 		defer c.mu.Unlock()
 		return c.failureLocked("set", setLinger(c.fd, seconds))

@@ -140,6 +140,30 @@ func TestLingerAndClose(t *testing.T) {
 	require.ErrorContains(t, err, "read tcp "+c.LocalAddr().String()+"->"+c.RemoteAddr().String()+": read: connection reset")
 }
 
+// A close that may wait is nothing for an event loop.
+func TestWhatLingersIsNotDetached(t *testing.T) {
+	for name, before := range map[string]func(t *testing.T, c *Conn){
+		"untouched": func(*testing.T, *Conn) {},
+		"real": func(t *testing.T, c *Conn) {
+			_, err := c.Real()
+			require.NoError(t, err)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := listen(t, "127.0.0.1:0")
+			c, _ := join(t, l, l.Addr().String())
+			before(t, c)
+			require.NoError(t, c.SetLinger(1))
+			_, ok := c.Detach()
+			require.False(t, ok)
+			require.NoError(t, c.SetLinger(-1))
+			fd, ok := c.Detach()
+			require.True(t, ok)
+			require.NoError(t, unix.Close(fd))
+		})
+	}
+}
+
 func TestDetach(t *testing.T) {
 	for name, before := range map[string]func(t *testing.T, c *Conn, peer *net.TCPConn){
 		"untouched": func(*testing.T, *Conn, *net.TCPConn) {},
