@@ -23,6 +23,9 @@ const (
 	// mostLoops is how many there are at most, whose files are of a reserve: each
 	// relays what a processor can.
 	mostLoops = 8
+	// sharedFor is how long a loop is shared after a handler was brief: bulk beside
+	// fewer than some hundred messages a second is moved as if there were none.
+	sharedFor = 2 * time.Millisecond
 	// BufferSize is the size of a loop's buffer.
 	BufferSize = 32 << 10
 )
@@ -44,6 +47,7 @@ type Loop struct {
 	now     int64
 	table   table
 	wheel   wheel
+	brief   int64 // see Brief
 	turns   []Ref // in order
 	after   []func()
 	current Handler // is being called
@@ -314,6 +318,13 @@ func (l *Loop) Again(ref Ref) { l.turns = append(l.turns, ref) }
 
 // Now is a clock, read once a round. It never goes back.
 func (l *Loop) Now() int64 { return l.now }
+
+// Brief is for a handler that has little to do now, and wants that soon again.
+func (l *Loop) Brief() { l.brief = l.now }
+
+// Shared reports whether there are such handlers just now: who has much to do does
+// less at once.
+func (l *Loop) Shared() bool { return l.brief > 0 && l.now-l.brief < int64(sharedFor) }
 
 // Clock is the same clock, read now. It may be called by anybody, after Acquire.
 func (l *Loop) Clock() int64 { return int64(time.Since(l.clock)) }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -131,4 +132,19 @@ func TestSleeperKeepsItsDeadline(t *testing.T) {
 	s.getUp()
 	require.GreaterOrEqual(t, now(), until)
 	require.EqualValues(t, notSet, s.wakes)
+}
+
+// A loop is shared for a moment after a handler was brief.
+func TestSharedLoop(t *testing.T) {
+	l := acquire(t)
+	on(t, l, func() {
+		l.brief = 0
+		assert.False(t, l.Shared())
+		l.Brief()
+		assert.True(t, l.Shared())
+		l.now += int64(sharedFor) - 1
+		assert.True(t, l.Shared())
+		l.now++
+		assert.False(t, l.Shared())
+	})
 }

@@ -178,6 +178,7 @@ func (r *Looped) Ready(tag, events uint32) {
 		r.again() // those who have little to move come first
 		return
 	}
+	r.loop.Brief()
 	r.move()
 }
 
