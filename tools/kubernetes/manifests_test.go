@@ -2,6 +2,7 @@
 package kubernetes
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -117,9 +118,13 @@ func TestManifestsBelongTogether(t *testing.T) {
 			t.Errorf("mount %s of %q: want a volume, as a whole", m.MountPath, m.Name)
 		}
 	}
+	delay := 10 // the Caddyfile's shutdown_delay, in seconds
+	if r := caddy.ReadinessProbe; int(r.PeriodSeconds*r.FailureThreshold) <= delay+int(r.PeriodSeconds) {
+		t.Errorf("a pod that ends stops being ready before shutdown_delay is over, and its node drops its clients")
+	}
 	config := get[*corev1.ConfigMap](t, all, "ConfigMap "+volumes["config"].ConfigMap.Name).Data["Caddyfile"]
 	for _, want := range []string{
-		"tcp_lb/:5432", "http://:9090", "tcp_lb_health " + caddy.ReadinessProbe.HTTPGet.Path, "respond " + caddy.LivenessProbe.HTTPGet.Path,
+		fmt.Sprintf("shutdown_delay %ds", delay), "tcp_lb/:5432", "http://:9090", "tcp_lb_health " + caddy.ReadinessProbe.HTTPGet.Path, "respond " + caddy.LivenessProbe.HTTPGet.Path,
 		"dynamic a " + get[*corev1.Service](t, all, "Service db-pods").Name + " 5432",
 	} {
 		if !strings.Contains(config, want) {
