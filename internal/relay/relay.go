@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/secure"
 )
 
 // Pair relays in two goroutines, one each way. It takes any two connections, and
@@ -169,6 +171,9 @@ func (r *Pair) runDirection(d *direction) {
 // other direction has passed an end of file on to the source, that closes for
 // good in order, and there is no telling: so it is asked before and after.
 func (d *direction) srcLost() bool {
+	if p := d.src.patient; p != nil && p.Complete() {
+		return false
+	}
 	return !d.dst.finished.Load() && wasReset(d.src.base) && !d.dst.finished.Load()
 }
 
@@ -176,7 +181,7 @@ func (d *direction) srcLost() bool {
 // was sent before.
 func (d *direction) sourceLost(err error) {
 	why := d.src.reset
-	if err != nil && !IsReset(err) {
+	if err != nil && !IsReset(err) && !secure.IsAlert(err) {
 		why = Error
 	}
 	d.src.lost.Store(true)
@@ -278,6 +283,11 @@ func (r *Pair) onTimer() {
 		_ = c.SetKeepAliveConfig(KeepAlive) // fails if it is closed by now
 	}
 	r.keepsAlive = true
+	for _, s := range []*side{&r.client, &r.backend} {
+		if s.patient != nil {
+			s.patient.Shed()
+		}
+	}
 	r.findReset(&r.client, &r.backend)
 	r.findReset(&r.backend, &r.client)
 	r.timerMu.Lock()
@@ -346,11 +356,19 @@ func (d *direction) move() error {
 	}
 }
 
-// moveOnce reads once, waiting with a buffer in hand, and writes what came.
+// moveOnce reads once and writes what came. It waits with a buffer in hand, unless
+// the source can do better.
 func (d *direction) moveOnce() error {
+	read := d.src.conn.Read
+	if p := d.src.patient; p != nil {
+		if err := p.Await(); err != nil {
+			return sourceError(err)
+		}
+		read = p.ReadReady
+	}
 	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
-	n, err := d.src.conn.Read(buf[:])
+	n, err := read(buf[:])
 	if n > 0 {
 		if werr := d.write(buf[:n]); werr != nil {
 			return werr

@@ -18,6 +18,8 @@ type side struct {
 	base net.Conn
 	// writeCloser half-closes; nil if nothing in the chain can.
 	writeCloser writeCloser
+	// patient is conn, if that can be waited for without a buffer.
+	patient patient
 
 	closed, reset Reason // how it is called when this side does it
 
@@ -27,6 +29,18 @@ type side struct {
 }
 
 type writeCloser interface{ CloseWrite() error }
+
+// patient is a wrapper that is waited for before it is read: package secure's.
+type patient interface {
+	// Await returns once ReadReady may have something.
+	Await() error
+	// ReadReady reads what is there, which may be nothing.
+	ReadReady(b []byte) (int, error)
+	// Complete reports whether the peer has said that nothing more comes.
+	Complete() bool
+	// Shed gives memory back, and may be called at any time.
+	Shed()
+}
 
 func (s *side) init(conn net.Conn, closed, reset Reason) {
 	s.conn, s.base, s.closed, s.reset = conn, conn, closed, reset
@@ -40,6 +54,7 @@ func (s *side) init(conn net.Conn, closed, reset Reason) {
 		}
 		s.base = inner
 	}
+	s.patient, _ = conn.(patient)
 	switch c := conn.(type) { // exactly these types: a wrapper may hold bytes back
 	case *net.TCPConn:
 		s.raw, _ = c.SyscallConn()
