@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+	"github.com/caddyserver/caddy/v2"
 )
 
 // ApproachConfig is how backends are connected to: for a handler, and for one
@@ -23,25 +24,31 @@ type ApproachConfig struct {
 	// checks as for clients, or off. Placeholders are resolved once, when the config is
 	// loaded. Default: off, which is as the system routes.
 	LocalAddress string `json:"local_address,omitempty"`
+	// TLS is what backends speak with the balancer, after a PROXY header; the health
+	// checks speak it, too, unless they say otherwise or go to another port. Default:
+	// none.
+	TLS *BackendTLS `json:"tls,omitempty"`
 }
 
 // over returns c with what it leaves open as the handler's has it.
 func (c ApproachConfig) over(handlers ApproachConfig) ApproachConfig {
 	setDefault(&c.ProxyProtocol, handlers.ProxyProtocol)
 	setDefault(&c.LocalAddress, handlers.LocalAddress)
+	c.TLS = c.TLS.over(handlers.TLS)
 	return c
 }
 
 // approach is how a connection to a backend begins, beyond its address. Nil is a
 // bare connect.
 type approach struct {
-	local netip.Addr          // to connect from; not valid = any
-	proxy checks.ProxyVersion // of the header that goes first; empty = none
-	text  string              // of all that
+	local    netip.Addr          // to connect from; not valid = any
+	proxy    checks.ProxyVersion // of the header that goes first; empty = none
+	security *security           // nil = no TLS
+	text     string              // of all that
 }
 
 // newApproach makes the approach of a checked config.
-func newApproach(c ApproachConfig) *approach {
+func newApproach(ctx caddy.Context, c ApproachConfig, loaded securities) (*approach, error) {
 	if c.ProxyProtocol == proxyOff {
 		c.ProxyProtocol = ""
 	}
@@ -49,10 +56,17 @@ func newApproach(c ApproachConfig) *approach {
 		c.LocalAddress = ""
 	}
 	if c == (ApproachConfig{}) {
-		return nil
+		return nil, nil
 	}
-	text, _ := json.Marshal(c) // of plain values: it can't fail
-	return &approach{local: localAddress(c.LocalAddress), proxy: c.ProxyProtocol, text: string(text)}
+	s, err := loaded.load(ctx, c.TLS)
+	if err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	return &approach{local: localAddress(c.LocalAddress), proxy: c.ProxyProtocol, security: s, text: string(text)}, nil
 }
 
 // to returns the target as a connect of a's wants it.
@@ -66,12 +80,12 @@ func (a *approach) to(t target) target {
 // parties are the two ends of a client's connection to the balancer.
 type parties struct{ client, local net.Addr }
 
-// open has a connection begin as a says, by the deadline or the end of ctx, so
+// open has a connection to b begin as a says, by the deadline or the end of ctx, so
 // that the client's bytes may follow; who has it is what a PROXY header tells. It
 // returns the connection to use from then on. Where that fails conn is closed.
 //
 // Of ctx nothing is asked while it is quick: see patience.
-func (a *approach) open(ctx context.Context, conn net.Conn, deadline time.Time, who parties) (net.Conn, error) {
+func (a *approach) open(ctx context.Context, b *Backend, conn net.Conn, deadline time.Time, who parties) (net.Conn, error) {
 	if a.proxy != "" {
 		header, err := proxyHeader(a.proxy, who)
 		if err == nil {
@@ -81,6 +95,9 @@ func (a *approach) open(ctx context.Context, conn net.Conn, deadline time.Time, 
 			_ = conn.Close()
 			return nil, fmt.Errorf("sending the PROXY header: %w", err)
 		}
+	}
+	if a.security != nil {
+		return b.secure(ctx, conn, a.security, deadline)
 	}
 	return conn, nil
 }

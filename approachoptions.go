@@ -11,14 +11,14 @@ import (
 // approachOptions say how backends are connected to: all of a handler, or one. unset is
 // what holds for the latter.
 func approachOptions[T any](unset string, at func(*T) *ApproachConfig) []option[T] {
-	return []option[T]{
+	return append([]option[T]{
 		{spec{name: "proxy_protocol", values: "v1|v2|off", path: "proxy_protocol", unset: unset,
 			help: "tell backends the client's address in a PROXY header, before any of its bytes; see [Towards the backend](docs/backends.md)"},
 			asOptionalText("v1, v2 or off", checkProxyOrOff, func(t *T) *string { return (*string)(&at(t).ProxyProtocol) }).orShown(unset)},
 		{spec{name: "local_address", values: "<address>|off", path: "local_address", unset: unset,
 			help: "connect to backends from this IP address of the machine, checks included; `off` = as the system routes"},
 			asOptionalText("an IP address, or off", checkLocalAddress, func(t *T) *string { return &at(t).LocalAddress }).orShown(unset)},
-	}
+	}, tlsOptions(unset, func(t *T) **BackendTLS { return &at(t).TLS })...)
 }
 
 // resolve fills in placeholders, and gives an address the one form that it has.
@@ -31,7 +31,7 @@ func (c *ApproachConfig) resolve(repl *caddy.Replacer) error {
 		text = a.String()
 	}
 	c.LocalAddress = text
-	return nil
+	return c.TLS.resolve(repl)
 }
 
 // unfit finds the option that can't be of a backend at the address, which may hold

@@ -20,6 +20,7 @@ import (
 type inquiry struct {
 	check checks.Check // nil = a connect is enough
 	wire  checks.Wire  // as the checks' options have it, see assignment.wire
+	ofOwn bool         // those say whether there is TLS
 }
 
 // assignment is what a checker works by.
@@ -50,6 +51,9 @@ func (a *assignment) wire(t target) checks.Wire {
 	w := a.inquiry.wire
 	if follows := a.port == 0 || a.port == t.port; follows && a.approach != nil {
 		setDefault(&w.Proxy, a.approach.proxy)
+		if s := a.approach.security; s != nil && !a.inquiry.ofOwn {
+			w.TLS = s.config
+		}
 	}
 	if w.Proxy == proxyOff {
 		w.Proxy = ""
@@ -133,7 +137,7 @@ func (a *ActiveHealthChecks) text() string {
 		_ = json.Unmarshal(a.CheckRaw, &module)
 		kind = module.Name
 	}
-	if a.TLS != nil {
+	if a.TLS != nil && !a.TLS.Off {
 		kind = strings.TrimSpace("tls " + kind)
 	}
 	return kind
@@ -146,7 +150,8 @@ func (h *Handler) newInquiry(ctx caddy.Context) (i inquiry, err error) {
 		return i, err
 	}
 	i.wire.Proxy = a.ProxyProtocol
-	if a.TLS != nil {
+	i.ofOwn = a.TLS != nil
+	if a.TLS != nil && !a.TLS.Off {
 		if i.wire.TLS, err = a.TLS.Config(ctx); err != nil {
 			return i, fmt.Errorf("health_checks.active.tls: %w", err)
 		}
@@ -226,7 +231,9 @@ func (h *Handler) conflict(call func(option string) string) (option string, err 
 		return "health_check", fmt.Errorf("%s: one check is enough, and %s is there, too", call("health_check"), call("health_uri"))
 	case len(a.CheckRaw) > 0 && len(a.Dialogue) > 0:
 		return "health_check", fmt.Errorf("%s: one check is enough, and %s is there, too", call("health_check"), call(dialogueOption(a)))
-	case a.TLS != nil && t.ServerName == "" && !t.InsecureSkipVerify && unix >= 0:
+	case t.Off && (t.ServerName != "" || t.InsecureSkipVerify || len(t.CARaw) > 0):
+		return "health_tls", fmt.Errorf("%s: it is off, the other options of its TLS would do nothing", call("health_tls"))
+	case a.TLS != nil && !t.Off && t.ServerName == "" && !t.InsecureSkipVerify && unix >= 0:
 		return "health_tls", fmt.Errorf("%s: backend %q has no host whose name a certificate could have: write one", call("health_tls"), h.Backends[unix].Address)
 	}
 	return "", nil

@@ -28,6 +28,7 @@ type Backend struct {
 	limit    atomic.Int64 // 0 = none
 	backup   atomic.Bool
 	approach atomic.Pointer[approach]
+	channel  atomic.Pointer[channel] // see channelBy
 
 	hand      atomic.Pointer[hand]      // see byHand
 	weight    atomic.Int64              // in the newest config; 0 also once no config names it

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/files"
 	"go.uber.org/zap"
@@ -86,6 +87,9 @@ func (g *generation) connections() int64 {
 func (g *generation) checksText() string {
 	somePort := len(g.sources) > 0 || slices.ContainsFunc(g.config, func(m member) bool { return m.target.unix == "" })
 	c := g.checks
+	if g.approach != nil && g.approach.security != nil && !g.inquiry.ofOwn && c.port == 0 {
+		c.text = strings.TrimSpace("tls " + c.text)
+	}
 	switch {
 	case !c.enabled:
 		return "off"

@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -24,6 +25,15 @@ import (
 //			health_port <port>
 //			proxy_protocol v1|v2|off
 //			local_address <address>|off
+//			tls [off]
+//			tls_server_name <name>
+//			tls_trust_pool <module> [...]
+//			tls_client_auth <name>|<cert_file> <key_file>
+//			tls_insecure_skip_verify
+//			tls_timeout <duration>
+//			tls_alpn <protocol>...
+//			tls_curves <curve>...
+//			tls_renegotiation never|once|freely
 //		}]
 //		dynamic <source> [...]
 //		lb_policy <policy> [...]
@@ -46,7 +56,7 @@ import (
 //		health_send <text>
 //		health_expect <text>|~<regexp>
 //		health_check <check> [...]
-//		health_tls [<server name>]
+//		health_tls [<server name>]|off
 //		health_tls_insecure_skip_verify
 //		health_tls_trust_pool <module> [...]
 //		health_proxy_protocol v1|v2|off
@@ -56,6 +66,15 @@ import (
 //		max_fails <number>
 //		proxy_protocol v1|v2|off
 //		local_address <address>|off
+//		tls
+//		tls_server_name <name>
+//		tls_trust_pool <module> [...]
+//		tls_client_auth <name>|<cert_file> <key_file>
+//		tls_insecure_skip_verify
+//		tls_timeout <duration>
+//		tls_alpn <protocol>...
+//		tls_curves <curve>...
+//		tls_renegotiation never|once|freely
 //		max_connections <number>
 //		max_connections_per_client <number>
 //		dial_timeout <duration>
@@ -86,7 +105,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if len(h.Backends) == 0 && len(h.DynamicBackendsRaw) == 0 {
 		return start.Errf("tcp_lb: no backends: name at least one")
 	}
-	if err := p.checkIntervals(h); err != nil {
+	if err := errors.Join(p.checkIntervals(h), p.checkTLS(h, start)); err != nil {
 		return err
 	}
 	if err := p.checkMisfit(h, start); err != nil {
@@ -100,6 +119,7 @@ type parser struct {
 	*caddyfile.Dispenser
 	places    map[string]*caddyfile.Dispenser // of the options that came, by name
 	addresses map[string]bool                 // of the backends
+	halfTLS   []halfTLS                       // of backends whose own tls is missing
 }
 
 func newParser(d *caddyfile.Dispenser) *parser {
@@ -275,6 +295,7 @@ func (p *parser) backend(_ spec, h *Handler) error {
 	if option, err := b.unfit(b.Address); err != nil {
 		return own.places[option].WrapErr(fmt.Errorf("backend %s: %w", b.Address, err))
 	}
+	p.noteHalfTLS(b.Address, own)
 	located := *p
 	located.Dispenser = at
 	return located.addBackend(h, b)

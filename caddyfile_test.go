@@ -250,6 +250,14 @@ var validOptions = map[string]string{
 	"health_check":          "always",
 	"proxy_protocol":        "v2",
 	"local_address":         "127.0.0.5",
+	"tls":                   "",
+	"tls_server_name":       "db.internal",
+	"tls_trust_pool":        "file testdata/ca.pem",
+	"tls_client_auth":       "cert.pem key.pem",
+	"tls_timeout":           "1s",
+	"tls_alpn":              "postgresql",
+	"tls_curves":            "x25519",
+	"tls_renegotiation":     "once",
 	"max_connections":       "5000",
 	"dial_timeout":          "1s",
 	"idle_timeout":          "1s",
@@ -264,12 +272,15 @@ var validOptions = map[string]string{
 	"fail_duration":                   "10s",
 	"max_fails":                       "3",
 	"health_tls_insecure_skip_verify": "",
+	"tls_insecure_skip_verify":        "",
 }
 
 // neededOptions has what an option is refused without.
 var neededOptions = map[string]string{
 	"health_method": "health_uri /", "health_status": "health_uri /", "health_headers": "health_uri /",
 	"health_body": "health_uri /", "health_follow_redirects": "health_uri /", "max_fails": "fail_duration 10s",
+	"tls_server_name": "tls", "tls_trust_pool": "tls", "tls_client_auth": "tls", "tls_insecure_skip_verify": "tls", "tls_timeout": "tls",
+	"tls_alpn": "tls", "tls_curves": "tls", "tls_renegotiation": "tls",
 }
 
 // withNeeded are the lines of an option.
@@ -281,17 +292,19 @@ func withNeeded(option string, lines ...string) []string {
 }
 
 var (
-	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008", "proxy_protocol": "v1", "local_address": "127.0.0.6"}
-	validGlobalOptions  = map[string]string{"handshake_timeout": "5s", "shutdown_delay": "10s"}
+	validBackendOptions = map[string]string{"weight": "2", "max_connections": "100", "health_port": "8008", "proxy_protocol": "v1", "local_address": "127.0.0.6",
+		"tls_server_name": "db.internal", "tls_trust_pool": "file testdata/ca.pem", "tls_client_auth": "cert.pem key.pem", "tls_timeout": "1s",
+		"tls_alpn": "postgresql", "tls_curves": "x25519", "tls_renegotiation": "once"}
+	validGlobalOptions = map[string]string{"handshake_timeout": "5s", "shutdown_delay": "10s"}
 )
 
 var (
 	durationOptions = []string{
 		"lb_try_duration", "lb_try_interval", "lb_slow_start", "health_interval", "health_fast_interval", "health_timeout",
-		"dial_timeout", "idle_timeout", "drain_timeout", "fail_duration", "close_if_unhealthy", "max_lifetime",
+		"dial_timeout", "idle_timeout", "drain_timeout", "fail_duration", "close_if_unhealthy", "max_lifetime", "tls_timeout",
 	}
 	// nonzeroDurations can't be 0: they would have a probe or a try without end.
-	nonzeroDurations = []string{"lb_try_interval", "health_interval", "health_fast_interval", "health_timeout", "dial_timeout"}
+	nonzeroDurations = []string{"lb_try_interval", "health_interval", "health_fast_interval", "health_timeout", "dial_timeout", "tls_timeout"}
 	numberOptions    = []string{"lb_retries", "health_passes", "health_fails", "health_port", "max_connections", "max_connections_per_client", "max_fails"}
 )
 
@@ -318,8 +331,11 @@ func TestCaddyfileRefusesOfEveryOption(t *testing.T) {
 			refused("twice", option, 2, []string{valid, valid}, "twice")
 		}
 		switch option {
-		case "dynamic", "health_tls_trust_pool": // whose values and block are the module's
+		case "dynamic", "health_tls_trust_pool", "tls_trust_pool": // whose values and block are the module's
 		case "health_headers": // which is a block
+		case "tls_alpn", "tls_curves": // which are lists
+			refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
+			refused("extra value", option, 1, []string{valid + " " + value}, value, "twice")
 		default:
 			refused("block", option, 2, []string{valid + " {", "\tinside", "}"}, "block", `"inside"`)
 			refused("extra value", option, 1, []string{valid + " more"}, strings.Trim(value, `"`), `"more"`)

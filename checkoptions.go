@@ -45,8 +45,8 @@ func checkOptions() []option[Handler] {
 		{spec{name: "health_check", values: "<check> [...]", path: "health_checks.active.check", unset: "a TCP connect, or what is above",
 			help: "a check of one's own, a module"},
 			kind[Handler]{read: (*parser).healthCheck, show: func(h *Handler) string { return orNotSet(short(h.activeChecks().CheckRaw)) }}},
-		{spec{name: "health_tls", values: "[<server name>]", path: "health_checks.active.tls.server_name", unset: "off",
-			help: "checks of any kind speak TLS and verify that name, by default the backend's host; in JSON an empty `tls` is enough"},
+		{spec{name: "health_tls", values: "[<server name>]|off", path: "health_checks.active.tls.server_name", unset: "as `tls` says, on the backend's own port",
+			help: "checks of any kind speak TLS and verify that name, by default the backend's host; in JSON an empty `tls` is enough, and `off` is `tls.off`"},
 			kind[Handler]{read: (*parser).healthTLS, show: tlsText}},
 		{spec{name: "health_tls_insecure_skip_verify", path: "health_checks.active.tls.insecure_skip_verify",
 			help: "checks speak TLS and take any certificate"},
@@ -182,6 +182,8 @@ func (h *Handler) setCheckTLS() *checks.TLS {
 func tlsText(h *Handler) string {
 	switch t := h.activeChecks().TLS; {
 	case t == nil:
+		return notSet
+	case t.Off:
 		return "off"
 	case t.ServerName == "":
 		return "on"
@@ -373,11 +375,13 @@ func (p *parser) healthTLS(s spec, h *Handler) error {
 		return nil
 	}
 	t.ServerName = p.Val()
-	if t.ServerName == "" || strings.ContainsAny(t.ServerName, ":/ ") || checkText(t.ServerName) != nil {
+	if t.ServerName == "off" {
+		t.ServerName, t.Off = "", true
+	} else if t.ServerName == "" || strings.ContainsAny(t.ServerName, ":/ ") || checkText(t.ServerName) != nil {
 		return p.Errf("%s %q: want a server's name, or nothing for the backend's host", s.name, t.ServerName)
 	}
-	if p.NextArg() {
-		return p.Errf("%s %s: one value is enough, found %q", s.name, t.ServerName, p.Val())
+	if value := p.Val(); p.NextArg() {
+		return p.Errf("%s %s: one value is enough, found %q", s.name, value, p.Val())
 	}
 	return nil
 }
@@ -391,17 +395,10 @@ func (p *parser) healthTLSInsecure(s spec, h *Handler) error {
 }
 
 func (p *parser) healthTrustPool(s spec, h *Handler) error {
-	if !p.NextArg() {
-		return p.Errf("%s: the value is missing, want a module such as file <path>", s.name)
-	}
-	name := p.Val()
-	if err := checkModuleName("trust pool", "tls.ca_pool.source", name, nil); err != nil {
-		return p.Errf("%s %s: %v", s.name, name, err)
-	}
-	module, err := caddyfile.UnmarshalModule(p.Dispenser, "tls.ca_pool.source."+name)
+	raw, err := p.trustPool(s)
 	if err != nil {
-		return fmt.Errorf("%s %s: %w", s.name, name, err)
+		return err
 	}
-	h.setCheckTLS().CARaw = caddyconfig.JSONModuleObject(module, "provider", name, nil)
+	h.setCheckTLS().CARaw = raw
 	return nil
 }

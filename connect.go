@@ -212,7 +212,7 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 	a := b.approach.Load()
 	conn, err := g.dial(p, a.to(b.target), g.dialTimeout)
 	if a != nil && err == nil {
-		conn, err = a.open(p, conn, began.Add(g.dialTimeout), s.request.parties())
+		conn, err = a.open(p, b, conn, began.Add(g.dialTimeout), s.request.parties())
 	}
 	took := time.Since(began)
 	p.end()

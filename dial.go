@@ -17,6 +17,7 @@ type dialError int
 const (
 	dialRefused dialError = iota // the backend's host answered that nobody listens
 	dialTimeout                  // no answer in time
+	dialTLS                      // there was a connection, but no TLS on it
 	dialOther                    // a name that does not resolve, no route, …
 	numDialErrors
 )
@@ -24,12 +25,15 @@ const (
 var dialErrorNames = [numDialErrors]string{
 	dialRefused: "dial_refused",
 	dialTimeout: "dial_timeout",
+	dialTLS:     "dial_tls",
 	dialOther:   "dial_error",
 }
 
 func classify(err error) dialError {
 	var timeout interface{ Timeout() bool }
 	switch {
+	case errors.Is(err, errTLS): // whatever it was that ended it
+		return dialTLS
 	case isAny(err, refusedErrnos):
 		return dialRefused
 	case isAny(err, timeoutErrnos), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():

@@ -60,7 +60,7 @@ var meantFields = map[string]string{
 	"dial":       "address", "host": "address", "addr": "address", "backup": "it belongs to a backend: write it beside its address",
 	"passive": "write health_checks.passive", "max_fails": "write health_checks.passive.max_fails", "uri": "write health_checks.active.uri", "path": "write health_checks.active.uri", "status": "expect_status", "body": "expect_body",
 	"steps": "dialogue", "trust_pool": "ca",
-	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "tls": noTLS, "source_address": "local_address", "local_addr": "local_address", "bind": "local_address", "send_proxy": "proxy_protocol", "send_proxy_v2": "proxy_protocol",
+	"rise": "write health_checks.active.passes", "fall": "write health_checks.active.fails", "max_requests": "max_connections", "sni": "write tls.server_name", "source_address": "local_address", "local_addr": "local_address", "bind": "local_address", "send_proxy": "proxy_protocol", "send_proxy_v2": "proxy_protocol",
 }
 
 // meantInJSON has what is meant by a name that is no field: an option's name in

@@ -155,6 +155,9 @@ func (b *Backend) setTermsLocked(g *generation, m member, named bool) (changed b
 		b.limit.Store(int64(m.maxConnections))
 		b.backup.Store(m.backup)
 		b.approach.Store(m.approach)
+		if c := b.channel.Load(); c != nil && (m.approach == nil || m.approach.security != c.of) {
+			b.channel.Store(nil) // of a config that is gone
+		}
 	}
 	weight := h.weightOr(b.given)
 	b.weight.Store(int64(m.weight))

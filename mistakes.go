@@ -31,7 +31,9 @@ const (
 	meantPassive = "write fail_duration <duration> and max_fails <number>"
 	meantBackup  = "it belongs to a backend: write it in the block of one, backend <address> { backup }"
 	meantLimit   = "write max_connections in a backend's block"
-	noTLS        = "there is no TLS to backends"
+	meantTLS     = "write tls, and what else it takes on lines of their own, such as tls_trust_pool file <path>"
+	meantCA      = "write tls_trust_pool file <path>"
+	meantCert    = "write tls_client_auth <cert_file> <key_file>"
 	meantProxy   = "write proxy_protocol v1 or v2"
 	noSemicolons = "there are no semicolons at the ends of lines"
 	notNeeded    = "leave it out, it is TCP anyway"
@@ -90,7 +92,9 @@ var meantOptions = map[string]string{
 	"log": "access_log", "logs": "access_log", "logging": "access_log", "logger": "access_log",
 	"pool": "name", "label": "name", "id": "name",
 
-	"tls": noTLS, "ssl": noTLS, "proxy_ssl": noTLS, "transport": noTLS,
+	"ssl": meantTLS, "proxy_ssl": meantTLS, "transport": meantTLS, "tls_trusted_ca_certs": meantCA, "tls_ca": meantCA, "ca_file": meantCA, "proxy_ssl_trusted_certificate": meantCA,
+	"tls_except_ports": "write tls off in the block of a backend that has none", "sni": "tls_server_name", "tls_sni": "tls_server_name", "proxy_ssl_name": "tls_server_name",
+	"alpn": "tls_alpn", "verify": "write tls: it verifies unless tls_insecure_skip_verify is there", "crt": meantCert, "tls_cert": meantCert, "proxy_ssl_certificate": meantCert,
 	"send_proxy": meantProxy, "send_proxy_v2": meantProxy, "sendproxy": meantProxy, "proxy_header": meantProxy, "haproxy": meantProxy,
 	"bind_address": "local_address", "bind": "local_address", "proxy_bind": "local_address", "source_address": "local_address", "local_addr": "local_address", "usesrc": "local_address",
 	"mode": notNeeded, "option": notNeeded, "protocol": notNeeded, "network": notNeeded,
@@ -99,7 +103,7 @@ var meantOptions = map[string]string{
 // meantOfBackend is meantOptions for a backend's block.
 var meantOfBackend = map[string]string{
 	"down": "take the backend out of the config, and reload", "maxconn": "max_connections", "max_conn": "max_connections", "max_conns": "max_connections",
-	"max_requests": "max_connections", "limit": "max_connections", "max_connections_per_client": "it counts a client's connections to all backends: write it outside of this block", "tls": noTLS, "ssl": noTLS, "send_proxy": meantProxy, "send_proxy_v2": meantProxy,
+	"max_requests": "max_connections", "limit": "max_connections", "max_connections_per_client": "it counts a client's connections to all backends: write it outside of this block", "ssl": meantTLS, "sni": "tls_server_name", "send_proxy": meantProxy, "send_proxy_v2": meantProxy,
 	"address": "the address stands before the block: write backend <address> { }", "dial": "the address stands before the block: write backend <address> { }",
 	"name": "backends have no names of their own", "check": "checks are on unless health_interval is off",
 }

@@ -54,7 +54,9 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"timeout connect 5s":      "there are dial_timeout, idle_timeout, drain_timeout and health_timeout",
 		"grace_period 10s":        "did you mean drain_timeout?",
 		"log":                     "did you mean access_log?",
-		"transport tls":           "there is no TLS to backends",
+		"transport tls":           "write tls, and what else",
+		"tls_trusted_ca_certs a":  "write tls_trust_pool file <path>",
+		"tls_except_ports 80":     "write tls off in the block of a backend",
 		"send-proxy":              "write proxy_protocol v1 or v2",
 		"mode tcp":                "leave it out, it is TCP anyway",
 		"sticky":                  `unknown option "sticky" (there are access_log, `,
@@ -170,7 +172,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		})
 	}
 	for option, want := range map[string]string{
-		"max_conns 30":  "did you mean max_connections? (there are backup, health_port, local_address, max_connections, proxy_protocol, weight)",
+		"max_conns 30":  "did you mean max_connections? (there are backup, health_port, local_address, max_connections, proxy_protocol, tls, tls_alpn,",
 		"wieght 3":      "did you mean weight?",
 		"backups":       "did you mean backup?",
 		"down":          "take the backend out of the config",
@@ -214,7 +216,7 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		`"backends":"a:80"`:                                            `backends: want a list such as [{"address":"host:port"}], found "a:80"`,
 		`"backends":{"address":"a:80"}`:                                `backends: want a list`,
 		`"backend":[{"address":"a:80"}]`:                               `unknown field "backend": did you mean backends? (there are access_log, access_log_connects, `,
-		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, health_port, local_address, max_connections, proxy_protocol, weight)`,
+		`"backends":[{"address":"b:80"},{"dial":"a:80"}]`:              `backends[1]: unknown field "dial": did you mean address? (there are address, backup, health_port, local_address, max_connections, proxy_protocol, tls, weight)`,
 		`"backends":[{"address":"a:80","weight":"3"}]`:                 `backends[0].weight "3": want a number, without quotes`,
 		`"backends":[{"address":"a:80","wieght":3}]`:                   `backends[0]: unknown field "wieght": did you mean weight?`,
 		`"backends":[{"address":"a:80","weight":1.5}]`:                 `backends[0].weight 1.5: want a whole number`,

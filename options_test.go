@@ -29,6 +29,9 @@ func leafFields(t reflect.Type, under string) (paths []string) {
 			paths = append(paths, leafFields(of, under)...)
 		case name == "":
 		case of.Kind() == reflect.Struct:
+			if of == reflect.TypeFor[BackendTLS]() { // whose being there is an option
+				paths = append(paths, under+name)
+			}
 			paths = append(paths, leafFields(of, under+name+".")...)
 		default:
 			paths = append(paths, under+name)
@@ -51,12 +54,19 @@ func paths[T any](t testing.TB, options []option[T]) (list []string) {
 	return list
 }
 
+// tlsAside has what the rows of TLS say together with others, and what is Caddy's and
+// has none.
+var tlsAside = []string{
+	"tls.off", "tls.client_certificate_key_file", "tls.client_certificate_automate",
+	"tls.root_ca_pool", "tls.root_ca_pem_files", "tls.except_ports",
+}
+
 // A field that has no row is never checked, filled in, compared or documented.
 func TestEveryFieldIsAnOption(t *testing.T) {
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[Handler](), ""),
-		append(paths(t, handlerOptions), "health_checks.active.disabled", "max_lifetime_spread", "access_log_connects", "access_log_interval"), "beside what health_interval off is, what follows max_lifetime, and what is in the block of access_log")
+		append(append(paths(t, handlerOptions), tlsAside...), "health_checks.active.tls.off", "health_checks.active.disabled", "max_lifetime_spread", "access_log_connects", "access_log_interval"), "beside what off is, what follows max_lifetime, and what is in the block of access_log")
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[BackendConfig](), ""),
-		append(paths(t, backendOptions), "address"), "beside what stands before the block")
+		append(append(paths(t, backendOptions), tlsAside...), "address"), "beside what stands before the block")
 	require.ElementsMatch(t, leafFields(reflect.TypeFor[App](), ""), paths(t, globalOptions))
 }
 
@@ -67,7 +77,7 @@ func set(t testing.TB, raw []byte, under string) (paths []string) {
 	var members map[string]json.RawMessage
 	require.NoError(t, json.Unmarshal(raw, &members))
 	for name, value := range members {
-		if value[0] == '{' && !slices.Contains([]string{"selection_policy", "headers", "check", "ca"}, name) {
+		if value[0] == '{' && !(name == "tls" && string(value) == "{}") && !slices.Contains([]string{"selection_policy", "headers", "check", "ca"}, name) {
 			paths = append(paths, set(t, value, under+name+".")...)
 		} else {
 			paths = append(paths, under+name)
@@ -89,20 +99,37 @@ func TestOptionsReachTheirFields(t *testing.T) {
 		if needed, _, _ := strings.Cut(neededOptions[o.name], " "); needed != "" {
 			want = append(want, named(handlerOptions, needed).path)
 		}
+		want = withoutTLS(want)
 		require.ElementsMatch(t, want, set(t, []byte(firstHandler(t, config)), ""))
 	}
 	for _, o := range backendOptions {
-		config, err := adapt(t, lbCaddyfile("", "backend a:80 {", "\t"+strings.TrimSpace(o.name+" "+validBackendOptions[o.name]), "}"))
+		lines := []string{"backend a:80 {", "\t" + strings.TrimSpace(o.name+" "+validBackendOptions[o.name]), "}"}
+		if strings.HasPrefix(o.name, "tls_") {
+			lines = append(lines, "tls")
+		}
+		config, err := adapt(t, lbCaddyfile("", lines...))
 		require.NoError(t, err)
 		b, err := json.Marshal(handlerOf(t, firstHandler(t, config)).Backends[0])
 		require.NoError(t, err)
-		require.ElementsMatch(t, []string{"address", o.path}, set(t, b, ""))
+		require.ElementsMatch(t, withoutTLS([]string{"address", o.path}), set(t, b, ""))
 	}
 	for _, o := range globalOptions {
 		config, err := adapt(t, "{\n\ttcp_lb {\n\t\t"+strings.TrimSpace(o.name+" "+validGlobalOptions[o.name])+"\n\t}\n}\n")
 		require.NoError(t, err)
 		require.ElementsMatch(t, []string{"apps.tcp_lb." + o.path}, set(t, []byte(config), ""))
 	}
+}
+
+// withoutTLS leaves out of the paths that of an object that has more in it than its
+// being there. Of a client's certificate there are two files.
+func withoutTLS(paths []string) []string {
+	if i := slices.Index(paths, "tls.client_certificate_file"); i >= 0 {
+		paths = append(paths, "tls.client_certificate_key_file")
+	}
+	if slices.ContainsFunc(paths, func(p string) bool { return strings.HasPrefix(p, "tls.") }) {
+		paths = slices.DeleteFunc(paths, func(p string) bool { return p == "tls" })
+	}
+	return paths
 }
 
 // requireSound wants of rows defaults that are accepted, and told as they are,

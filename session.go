@@ -168,6 +168,7 @@ func (s *session) finish() {
 		if s.why == reasonBackendClosedEarly || s.why == reasonBackendReset && sent == 0 {
 			s.backend.failed(s.why.String())
 		}
+		s.noteTrouble()
 		s.backend.leave(s, s.why, duration)
 	} else {
 		s.pool.closed[s.why].Add(1)

@@ -75,7 +75,11 @@ func (h *Handler) check() error {
 	if _, err := h.misfit(); err != nil {
 		return err
 	}
-	_, err := h.conflict(func(option string) string { return named(handlerOptions, option).path })
+	byPath := func(option string) string { return named(handlerOptions, option).path }
+	if _, err := h.tlsConflict(byPath); err != nil {
+		return err
+	}
+	_, err := h.conflict(byPath)
 	return err
 }
 
@@ -190,7 +194,11 @@ func (h *Handler) newGeneration(ctx caddy.Context) (*generation, error) {
 
 // enlist makes the backends that the config names members of g.
 func (h *Handler) enlist(g *generation) error {
-	g.begins, g.approach = h.ApproachConfig, newApproach(h.ApproachConfig)
+	loaded, err := make(securities), error(nil)
+	g.begins = h.ApproachConfig
+	if g.approach, err = newApproach(g.ctx, h.ApproachConfig, loaded); err != nil {
+		return fmt.Errorf("tcp_lb %q: %w", h.Name, err)
+	}
 	for _, b := range h.Backends {
 		t, err := parseTarget(b.Address)
 		if err != nil {
@@ -198,7 +206,9 @@ func (h *Handler) enlist(g *generation) error {
 		}
 		m := member{target: t, weight: *b.Weight, backup: b.Backup, maxConnections: b.MaxConnections, healthPort: uint16(b.HealthPort), approach: g.approach}
 		if b.ApproachConfig != (ApproachConfig{}) {
-			m.approach = newApproach(b.ApproachConfig.over(h.ApproachConfig))
+			if m.approach, err = newApproach(g.ctx, b.ApproachConfig.over(h.ApproachConfig), loaded); err != nil {
+				return fmt.Errorf("tcp_lb %q: backend %q: %w", h.Name, b.Address, err)
+			}
 		}
 		g.config = append(g.config, m)
 	}

@@ -19,6 +19,8 @@ type TLS struct {
 	// CARaw is where the CAs are from that are trusted, a module. Default: the
 	// system's.
 	CARaw json.RawMessage `json:"ca,omitempty" caddy:"namespace=tls.ca_pool.source inline_key=provider"`
+	// Off has checks do without, where the connections of clients have TLS.
+	Off bool `json:"off,omitempty"`
 }
 
 // Config loads what it takes to connect.

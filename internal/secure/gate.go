@@ -1,6 +1,7 @@
 package secure
 
 import (
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -29,7 +30,11 @@ const bufferSize = 32 << 10
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
 func newGate(socket net.Conn) (*gate, error) {
-	raw, err := socket.(syscall.Conn).SyscallConn()
+	with, ok := socket.(syscall.Conn)
+	if !ok {
+		return nil, errors.New("no socket")
+	}
+	raw, err := with.SyscallConn()
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,80 @@
+package tcplb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/secure"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
+)
+
+// secure makes the TLS handshake on a new connection to b, by the deadline or the
+// end of ctx. After an error conn is closed.
+func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, deadline time.Time) (net.Conn, error) {
+	began := time.Now()
+	if s.timeout > 0 {
+		deadline = earlier(deadline, began.Add(s.timeout))
+	}
+	bare := conn
+	if c, ok := conn.(*socket.Conn); ok { // crypto/tls waits in Go's poller
+		real, err := c.Real()
+		if err != nil {
+			_ = conn.Close()
+			return nil, err
+		}
+		bare = real
+	}
+	c, err := secure.Client(ctx, bare, b.channelBy(s).config, deadline)
+	if err == nil {
+		return c, nil
+	}
+	_ = bare.Close()
+	return nil, &handshakeError{err, deadline.Sub(began)}
+}
+
+// errTLS is of what failed in a handshake.
+var errTLS = errors.New("TLS handshake")
+
+// handshakeError is a failed handshake. What it wraps may be a timeout or a reset,
+// and is of TLS all the same.
+type handshakeError struct {
+	err    error
+	within time.Duration // what it had
+}
+
+func (e *handshakeError) Error() string { return "TLS handshake: " + e.words() }
+
+func (e *handshakeError) words() string {
+	var op *net.OpError
+	switch {
+	case errors.Is(e.err, os.ErrDeadlineExceeded):
+		return fmt.Sprintf("not done within %s", e.within.Round(time.Millisecond))
+	case errors.Is(e.err, io.EOF), errors.Is(e.err, io.ErrUnexpectedEOF):
+		return "the backend closed the connection"
+	case errors.As(e.err, &op) && op.Source != nil: // with a local port, another one each time
+		return op.Err.Error()
+	}
+	return e.err.Error()
+}
+
+func (e *handshakeError) Unwrap() []error { return []error{errTLS, e.err} }
+
+// noteTrouble keeps what TLS has ended an open connection, which is the backend's
+// word, or about it: one that does not like the certificate it was shown says so
+// after the handshake, as TLS 1.3 has it.
+func (s *session) noteTrouble() {
+	c, ok := s.conn.(*secure.Conn)
+	if !ok {
+		return
+	}
+	if err := c.Failure(); err != nil && (s.why == reasonBackendReset || s.why == reasonError) {
+		s.err = fmt.Errorf("TLS: %w", err)
+		s.backend.setError(s.err)
+		s.backend.checkSoon()
+	}
+}

@@ -1,0 +1,271 @@
+package tcplb
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/stretchr/testify/require"
+)
+
+// startTLS is startLB with checks off and TLS to the backends.
+func startTLS(t testing.TB, network, options string, backends ...string) string {
+	t.Helper()
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig(network+lb, fmt.Sprintf(`{%s,%s,%s}`, backendsJSON(backends...), options, uncheckedJSON)))
+	return lb
+}
+
+func TestTLSToBackends(t *testing.T) {
+	for _, network := range []string{"", "tcp_lb/"} {
+		t.Run("listener "+network, func(t *testing.T) {
+			watchLeftovers(t)
+			a := newIssuer(t)
+			lb := startTLS(t, network, a.trusted(""), a.server(t, nil, secureEcho).address)
+			const size = 1 << 20
+			c := dialClient(t, lb)
+			go func() {
+				_, _ = c.Write(make([]byte, size))
+				_ = c.CloseWrite()
+			}()
+			n, err := io.Copy(io.Discard, c)
+			require.NoError(t, err)
+			require.EqualValues(t, size, n)
+			requireBooksBalance(t, 1)
+			require.EqualValues(t, size, metric(t, "received_bytes_total", nil), "counted in the clear")
+			require.EqualValues(t, size, metric(t, "sent_bytes_total", nil))
+			require.EqualValues(t, 1, metric(t, "connections_closed_total", labels("reason", "client_closed")))
+		})
+	}
+}
+
+// Each of these handshakes fails, is told in words, and another backend serves the
+// client.
+func TestTLSHandshakesThatFail(t *testing.T) {
+	a, other := newIssuer(t), newIssuer(t)
+	serving := func(config *tls.Config) func(testing.TB) *server {
+		return func(t testing.TB) *server { return a.server(t, config, secureEcho) }
+	}
+	certificate := func(by *issuer, change func(*x509.Certificate)) *tls.Config {
+		return &tls.Config{Certificates: []tls.Certificate{by.issue(change)}}
+	}
+	plain := func(handle func(*net.TCPConn)) func(testing.TB) *server {
+		return func(t testing.TB) *server { return startServer(t, handle) }
+	}
+	for name, c := range map[string]struct {
+		start   func(testing.TB) *server
+		options string
+		want    string
+	}{
+		"expired":             {serving(certificate(a, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) })), "", "expired"},
+		"of another name":     {serving(certificate(a, func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"db.internal"} })), "", "doesn't contain any IP SANs"},
+		"of another CA":       {serving(certificate(other, nil)), "", "unknown authority"},
+		"not the name wanted": {serving(nil), `"server_name":"db.internal"`, "wanted to match db.internal"},
+		"no TLS, a banner": {plain(func(c *net.TCPConn) {
+			_, _ = io.WriteString(c, "220 mail.internal ESMTP\r\n")
+			_, _ = io.Copy(io.Discard, c)
+		}), "", "does not look like a TLS handshake"},
+		"no TLS, an echo":      {plain(func(c *net.TCPConn) { echo(c) }), "", "TLS handshake:"},
+		"silence":              {plain(func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }), `"handshake_timeout":"50ms"`, "not done within 50ms"},
+		"closed":               {plain(func(c *net.TCPConn) { _, _ = c.Read(make([]byte, 4096)) }), "", "the backend closed the connection"},
+		"reset":                {plain(func(c *net.TCPConn) { _, _ = c.Read(make([]byte, 1)); _ = c.SetLinger(0) }), "", "reset"},
+		"an old version":       {serving(&tls.Config{MaxVersion: tls.VersionTLS11, MinVersion: tls.VersionTLS10}), "", "protocol version"},
+		"no certificate shown": {serving(&tls.Config{MaxVersion: tls.VersionTLS12, ClientAuth: tls.RequireAnyClientCert}), "", "remote error: tls:"},
+		"no common protocol":   {serving(&tls.Config{NextProtos: []string{"smtp"}}), `"alpn":["postgresql"]`, "no application protocol"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			watchLeftovers(t)
+			lb, s, good := freeAddress(t), c.start(t), a.server(t, nil, secureEcho)
+			runCaddy(t, lbConfig(lb, fmt.Sprintf(`{"backends":[{"address":%q,"tls":{%s}},{"address":%q,"backup":true}],%s,%s}`,
+				s.address, c.options, good.address, a.trusted(""), uncheckedJSON)))
+			echoed(t, lb, 10)
+			requireBooksBalance(t, 1)
+			require.EqualValues(t, 0, dialErrors(t, s.address, dialRefused))
+			// The backup is asked where the first has been taken out, or as a retry.
+			require.EqualValues(t, 1, dialErrors(t, s.address, dialTLS))
+			require.Contains(t, backendStatuses(t)[s.address].LastError, c.want)
+			require.EqualValues(t, 1, metric(t, "connections_total", labels("backend", good.address)))
+		})
+	}
+}
+
+// A server of TLS 1.3 sees the balancer's certificate, or that there is none, when
+// the handshake is done on this side.
+func TestTLSClientCertificate(t *testing.T) {
+	a := newIssuer(t)
+	for name, version := range map[string]uint16{"1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13} {
+		config := func() *tls.Config {
+			return &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool(), MinVersion: version, MaxVersion: version}
+		}
+		t.Run("shown in "+name, func(t *testing.T) {
+			lb := startTLS(t, "", a.trusted(a.files(a.issue(nil))), a.server(t, config(), secureEcho).address)
+			echoed(t, lb, 10)
+		})
+	}
+	for name, by := range map[string]*issuer{"none": nil, "another's": newIssuer(t)} {
+		t.Run(name+", in 1.3", func(t *testing.T) {
+			watchLeftovers(t)
+			config := &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool(), MinVersion: tls.VersionTLS13}
+			s, shown := a.server(t, config, secureEcho), ""
+			if by != nil {
+				shown = by.files(by.issue(nil))
+			}
+			lb := startTLS(t, "", a.trusted(shown), s.address)
+			_, err := ask(lb)
+			require.Error(t, err, "nobody takes it for the end of an answer")
+			requireBooksBalance(t, 1)
+			require.EqualValues(t, 1, closedFor(t, s, reasonBackendReset))
+			require.Regexp(t, "TLS: remote error: tls: (certificate required|unknown certificate authority|bad certificate)", backendStatuses(t)[s.address].LastError)
+		})
+	}
+}
+
+// resuming returns a server, and whether each of its connections resumed a session.
+func (a *issuer) resuming(t testing.TB) (s *server, resumed chan bool) {
+	resumed = make(chan bool, 100)
+	return a.server(t, nil, func(c *tls.Conn) {
+		resumed <- c.ConnectionState().DidResume
+		secureEcho(c)
+	}), resumed
+}
+
+func TestTLSSessionsAreResumed(t *testing.T) {
+	a, other := newIssuer(t), newIssuer(t)
+	s, resumed := a.resuming(t)
+	lb := freeAddress(t)
+	config := func(secured string) string {
+		return lbConfig(lb, fmt.Sprintf(`{%s,%s,%s}`, backendsJSON(s.address), secured, uncheckedJSON))
+	}
+	runCaddy(t, config(a.trusted("")))
+	for _, want := range []bool{false, true, true} {
+		echoed(t, lb, 10)
+		require.Equal(t, want, <-resumed)
+	}
+	requireBooksBalance(t, 3)
+	reload(t, config(other.trusted("")))
+	refused(t, lb)
+	require.EqualValues(t, 1, dialErrors(t, s.address, dialTLS), "what another config trusted is worth nothing")
+	require.Empty(t, resumed)
+	reload(t, config(a.trusted(`"server_name":"127.0.0.1"`)))
+	echoed(t, lb, 10)
+	require.False(t, <-resumed, "each config verifies by itself")
+}
+
+// A reload has open connections go on as they are.
+func TestTLSConnectionsOutliveAReload(t *testing.T) {
+	a, other := newIssuer(t), newIssuer(t)
+	s := a.server(t, nil, secureEcho)
+	lb := freeAddress(t)
+	config := func(secured string) string {
+		return lbConfig("tcp_lb/"+lb, fmt.Sprintf(`{%s,%s,%s}`, backendsJSON(s.address), secured, uncheckedJSON))
+	}
+	runCaddy(t, config(a.trusted("")))
+	c := hold(t, lb)
+	reload(t, config(other.trusted("")))
+	write(t, c, "y")
+	expect(t, c, "y")
+	require.Error(t, caddy.Load([]byte(config(`"tls":{"ca":{"provider":"file","pem_files":["/nowhere/ca.pem"]}}`)), true))
+	write(t, c, "z")
+	expect(t, c, "z")
+}
+
+// The client leaves, or the drain timeout ends, while a backend says nothing.
+func TestTLSHandshakeIsGivenUp(t *testing.T) {
+	silent := func(t *testing.T) *server {
+		return startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	}
+	const patient = `"tls":{},"dial_timeout":"10m"`
+	t.Run("the client leaves", func(t *testing.T) {
+		watchLeftovers(t)
+		s := silent(t)
+		lb := startTLS(t, "tcp_lb/", patient, s.address)
+		c := dialClient(t, lb)
+		eventually(t, func() bool { return s.acceptedCount() == 1 }, "a handshake")
+		require.NoError(t, c.SetLinger(0))
+		require.NoError(t, c.Close())
+		eventually(t, func() bool { return metric(t, "connections_closed_total", labels("reason", "client_reset")) == 1 }, "the end of it")
+		require.Zero(t, dialErrors(t, s.address, dialTLS), "which is not the backend's fault")
+	})
+	t.Run("the drain timeout ends", func(t *testing.T) {
+		watchLeftovers(t)
+		s, lb := silent(t), freeAddress(t)
+		noPoolsYet(t)
+		require.NoError(t, caddy.Load([]byte(lbConfig("tcp_lb/"+lb, fmt.Sprintf(`{%s,%s,%s,"drain_timeout":"0s"}`, backendsJSON(s.address), patient, uncheckedJSON))), true))
+		c := dialClient(t, lb)
+		eventually(t, func() bool { return s.acceptedCount() == 1 }, "a handshake")
+		require.NoError(t, caddy.Stop())
+		_, err := io.ReadAll(c)
+		require.Error(t, err)
+		eventually(t, func() bool { return open.n.Load() == 0 }, "the end of it")
+	})
+}
+
+// The PROXY header goes first, in the clear.
+func TestTLSAfterAProxyHeader(t *testing.T) {
+	a := newIssuer(t)
+	cert := a.issue(nil)
+	said := make(chan string, 1)
+	s := startServer(t, func(c *net.TCPConn) {
+		header := make([]byte, 0, 128)
+		for b := make([]byte, 1); !strings.HasSuffix(string(header), "\r\n"); header = append(header, b...) {
+			if _, err := c.Read(b); err != nil {
+				return
+			}
+		}
+		said <- string(header)
+		secureEcho(tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert}}))
+	})
+	lb := startTLS(t, "", a.trusted("")+`,"proxy_protocol":"v1"`, s.address)
+	echoed(t, lb, 10)
+	require.Contains(t, <-said, "PROXY TCP4 127.0.0.1 127.0.0.1 ")
+}
+
+// A backend's own options hold in place of the handler's, one by one.
+func TestTLSOfOneBackend(t *testing.T) {
+	a := newIssuer(t)
+	named := a.server(t, &tls.Config{Certificates: []tls.Certificate{a.issue(func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"db.internal"} })}}, secureEcho)
+	plain, other := echoServer(t), a.server(t, nil, secureEcho)
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig(lb, fmt.Sprintf(`{"backends":[{"address":%q,"tls":{"server_name":"db.internal"}},{"address":%q,"tls":{"off":true}},{"address":%q}],%s,%s}`,
+		named.address, plain.address, other.address, a.trusted(""), uncheckedJSON)))
+	for range 3 {
+		echoed(t, lb, 10)
+	}
+	for _, s := range []*server{named, plain, other} {
+		require.Equal(t, 1, s.acceptedCount())
+	}
+	require.Zero(t, metric(t, "connection_errors_total", nil))
+}
+
+func TestTLSToAUnixSocket(t *testing.T) {
+	watchLeftovers(t)
+	a := newIssuer(t)
+	path := filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	secured := tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{a.issue(nil)}})
+	done := make(chan struct{})
+	go func() { // ends with ln
+		defer close(done)
+		for {
+			c, err := secured.Accept()
+			if err != nil {
+				return
+			}
+			secureEcho(c.(*tls.Conn))
+			_ = c.Close()
+		}
+	}()
+	t.Cleanup(func() { _ = ln.Close(); <-done })
+	require.ErrorContains(t, loadOnce(lbConfig(freeAddress(t), fmt.Sprintf(`{%s,"tls":{}}`, backendsJSON("unix/"+path)))),
+		"has no host whose name a certificate could have: write tls.server_name")
+	lb := startTLS(t, "tcp_lb/", a.trusted(`"server_name":"127.0.0.1"`), "unix/"+path)
+	echoed(t, lb, 10)
+}

@@ -1,0 +1,98 @@
+package tcplb
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Checks speak what clients' connections speak, unless told otherwise.
+func TestChecksFollowTLS(t *testing.T) {
+	a := newIssuer(t)
+	expired := func(t testing.TB) *server {
+		return a.server(t, &tls.Config{Certificates: []tls.Certificate{a.issue(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) })}}, secureEcho)
+	}
+	good := func(t testing.TB) *server { return a.server(t, nil, secureEcho) }
+	wanting := func(t testing.TB) *server {
+		return a.server(t, &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool()}, secureEcho)
+	}
+	plain := func(t testing.TB) *server { return echoServer(t) }
+	const often = `"interval":"20ms","fast_interval":"20ms"`
+	for name, c := range map[string]struct {
+		start           func(testing.TB) *server
+		options, checks string
+		want            string // of the last error; empty = it is up
+	}{
+		"a certificate that holds":   {good, a.trusted(""), often, ""},
+		"an expired one":             {expired, a.trusted(""), often, "expired"},
+		"no TLS":                     {plain, a.trusted(""), often, "TLS handshake"},
+		"told not to":                {expired, a.trusted(""), often + `,"tls":{"off":true}`, ""},
+		"told otherwise":             {good, a.trusted(""), often + `,"tls":{}`, "unknown authority"},
+		"no client's certificate":    {wanting, a.trusted(""), often, "after the TLS handshake: remote error: tls: certificate required"},
+		"a client's certificate":     {wanting, a.trusted(a.files(a.issue(nil))), often, ""},
+		"a check by more than that":  {good, a.trusted(""), often + `,"dialogue":[{"send":"ping"},{"expect":"ping"}]`, ""},
+		"the same, and no TLS there": {plain, a.trusted(""), often + `,"dialogue":[{"send":"ping"},{"expect":"ping"}]`, "TLS handshake"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			watchLeftovers(t)
+			s := c.start(t)
+			runCaddy(t, lbConfig(freeAddress(t), fmt.Sprintf(`{%s,%s,"health_checks":{"active":{%s}}}`, backendsJSON(s.address), c.options, c.checks)))
+			checked(t)
+			if c.want == "" {
+				require.Empty(t, backendStatuses(t)[s.address].LastError)
+				require.True(t, backendStatuses(t)[s.address].Healthy)
+				return
+			}
+			eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "it is down")
+			require.Contains(t, backendStatuses(t)[s.address].LastError, c.want)
+		})
+	}
+}
+
+// Another port is another service's as a rule, and speaks what that does.
+func TestChecksOfAnotherPortDoNotFollowTLS(t *testing.T) {
+	a := newIssuer(t)
+	s, agent := a.server(t, nil, secureEcho), echoServer(t)
+	port := func(s *server) int {
+		tcp, err := net.ResolveTCPAddr("tcp", s.address)
+		require.NoError(t, err)
+		return tcp.Port
+	}
+	for name, c := range map[string]struct {
+		port    int
+		follows bool
+	}{"its own": {port(s), true}, "an agent's": {port(agent), false}} {
+		t.Run(name, func(t *testing.T) {
+			before := agent.acceptedCount()
+			runCaddy(t, lbConfig(freeAddress(t), fmt.Sprintf(`{%s,%s,"health_checks":{"active":{"port":%d,"dialogue":[{"send":"ping"},{"expect":"ping"}]}}}`,
+				backendsJSON(s.address), a.trusted(""), c.port)))
+			checked(t)
+			require.True(t, backendStatuses(t)[s.address].Healthy, backendStatuses(t)[s.address].LastError)
+			require.Equal(t, c.follows, agent.acceptedCount() == before)
+		})
+	}
+}
+
+// A reload that has checks speak TLS asks another question: the first answer to it
+// decides alone.
+func TestChecksFollowAReloadToTLS(t *testing.T) {
+	a := newIssuer(t)
+	s := startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	lb := freeAddress(t)
+	config := func(more string) string {
+		return lbConfig(lb, fmt.Sprintf(`{%s,"health_checks":{"active":{"interval":"1h","fast_interval":"1h","timeout":"50ms"}}%s}`, backendsJSON(s.address), more))
+	}
+	runCaddy(t, config(""))
+	checked(t)
+	require.True(t, backendStatuses(t)[s.address].Healthy)
+	reload(t, config(","+a.trusted("")))
+	eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "a check by TLS")
+	reload(t, config(""))
+	eventually(t, func() bool { return backendStatuses(t)[s.address].Healthy }, "a check without")
+}

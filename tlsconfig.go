@@ -1,0 +1,153 @@
+package tcplb
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// BackendTLS is TLS to backends. Its fields are those of reverse_proxy, and two.
+type BackendTLS struct {
+	reverseproxy.TLSConfig
+	// ALPN are the protocols to offer, the preferred first. Default: none.
+	ALPN []string `json:"alpn,omitempty"`
+	// Off has a backend do without, where the others have TLS.
+	Off bool `json:"off,omitempty"`
+}
+
+// over returns t with what it leaves open as the handler's has it; nil = no TLS.
+func (t *BackendTLS) over(handlers *BackendTLS) *BackendTLS {
+	switch {
+	case t == nil:
+		return handlers
+	case t.Off:
+		return nil
+	case handlers == nil:
+		return t
+	}
+	c := *t
+	if len(c.CARaw) == 0 {
+		c.CARaw = handlers.CARaw
+	}
+	if c.ClientCertificateFile == "" && c.ClientCertificateAutomate == "" {
+		c.ClientCertificateFile, c.ClientCertificateKeyFile = handlers.ClientCertificateFile, handlers.ClientCertificateKeyFile
+		c.ClientCertificateAutomate = handlers.ClientCertificateAutomate
+	}
+	setDefault(&c.InsecureSkipVerify, handlers.InsecureSkipVerify)
+	setDefault(&c.HandshakeTimeout, handlers.HandshakeTimeout)
+	setDefault(&c.ServerName, handlers.ServerName)
+	setDefault(&c.Renegotiation, handlers.Renegotiation)
+	if len(c.Curves) == 0 {
+		c.Curves = handlers.Curves
+	}
+	if len(c.ALPN) == 0 {
+		c.ALPN = handlers.ALPN
+	}
+	return &c
+}
+
+// resolve resolves placeholders, once.
+func (t *BackendTLS) resolve(repl *caddy.Replacer) error {
+	if t == nil {
+		return nil
+	}
+	for name, at := range map[string]*string{
+		"server_name": &t.ServerName, "client_certificate_file": &t.ClientCertificateFile,
+		"client_certificate_key_file": &t.ClientCertificateKeyFile, "client_certificate_automate": &t.ClientCertificateAutomate,
+	} {
+		text, err := repl.ReplaceOrErr(*at, true, true)
+		if err != nil {
+			return fmt.Errorf("tls.%s: %w", name, err)
+		}
+		*at = text
+	}
+	return nil
+}
+
+// security is the TLS of some backends, loaded. Its sessions are its own: those
+// that were made as another config wanted are not resumed.
+type security struct {
+	config  *tls.Config   // without a server name the backend's host is that
+	timeout time.Duration // of a handshake; 0 = what is left of the connect's
+}
+
+// securities loads each kind of TLS of a config once, by its JSON.
+type securities map[string]*security
+
+// load returns nil for no TLS.
+func (loaded securities) load(ctx caddy.Context, t *BackendTLS) (*security, error) {
+	if t == nil {
+		return nil, nil
+	}
+	b, err := json.Marshal(t)
+	if err != nil {
+		return nil, err
+	}
+	if s := loaded[string(b)]; s != nil {
+		return s, nil
+	}
+	c := t.TLSConfig // loading takes the modules out of it
+	config, err := c.MakeTLSClientConfig(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("tls: %w", err)
+	}
+	if config == nil { // as that says that all is as it is without
+		config = new(tls.Config)
+	}
+	config.NextProtos = t.ALPN
+	s := &security{config: config, timeout: time.Duration(t.HandshakeTimeout)}
+	loaded[string(b)] = s
+	return s, nil
+}
+
+// forHost returns the config for a backend at that host, empty for a Unix socket.
+func (s *security) forHost(host string) *tls.Config {
+	c := s.config.Clone()
+	setDefault(&c.ServerName, host)
+	return c
+}
+
+// channel is a security as one backend has it. It keeps the last session there,
+// since a handshake that resumes one costs either side much less.
+type channel struct {
+	of      *security
+	config  *tls.Config
+	session atomic.Pointer[tls.ClientSessionState]
+}
+
+func newChannel(s *security, host string) *channel {
+	c := &channel{of: s, config: s.forHost(host)}
+	c.config.ClientSessionCache = c
+	return c
+}
+
+// Get implements tls.ClientSessionCache. There is one key.
+func (c *channel) Get(string) (*tls.ClientSessionState, bool) {
+	s := c.session.Load()
+	return s, s != nil
+}
+
+// Put implements tls.ClientSessionCache.
+func (c *channel) Put(_ string, s *tls.ClientSessionState) { c.session.Store(s) }
+
+// channel returns the backend's channel by the security, which is made where it
+// has another.
+func (b *Backend) channelBy(s *security) *channel {
+	for {
+		old := b.channel.Load()
+		if old != nil && old.of == s {
+			return old
+		}
+		if c := newChannel(s, b.target.host); b.channel.CompareAndSwap(old, c) {
+			return c
+		}
+	}
+}
+
+// Interface guard
+var _ tls.ClientSessionCache = (*channel)(nil)
