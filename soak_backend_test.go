@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"io"
 	"math/rand/v2"
@@ -17,6 +18,7 @@ type soakBackend struct {
 	id       byte
 	limit    int          // its max_connections; 0 = none
 	inDNS    bool         // which has it instead of the config
+	secure   *tls.Config  // it speaks TLS; nil = it does not
 	stall    sync.RWMutex // held for writing while it accepts and does not serve
 
 	// For the driver only: what it has done last.
@@ -93,22 +95,25 @@ func (b *soakBackend) isClosed() bool {
 	return b.absent || b.hand.state != stateReady || b.hand.weightOr(b.weight) == 0
 }
 
-func (s *soak) addBackend(ln net.Listener, limit int) *soakBackend {
-	b := &soakBackend{id: byte(len(s.backends)), limit: limit, weight: defaultWeight, findings: &s.findings, guests: make(map[*net.TCPConn]troubleMark)}
+func (s *soak) addBackend(ln net.Listener, limit int, secure *tls.Config) *soakBackend {
+	b := &soakBackend{id: byte(len(s.backends)), limit: limit, secure: secure, weight: defaultWeight, findings: &s.findings, guests: make(map[*net.TCPConn]troubleMark)}
 	b.server = startServerOn(s.t, ln, b.serve)
 	s.backends = append(s.backends, b)
 	return b
 }
 
-func (b *soakBackend) serve(c *net.TCPConn) {
-	kind, ok := b.greet(c)
-	if !ok {
+func (b *soakBackend) serve(socket *net.TCPConn) {
+	kind, c := b.greet(socket)
+	if c == nil {
 		return
 	}
 	switch kind {
 	case soakShort, soakStream, soakRequest, soakDownload, soakReset:
-		b.receive(c)
-		defer b.bid(c)
+		b.receive(socket)
+		defer b.bid(socket)
+	}
+	if secure, ok := c.(*tls.Conn); ok && kind != soakReset {
+		defer func() { _ = secure.CloseWrite() }()
 	}
 	b.stall.RLock()
 	_, _ = c.Write([]byte{b.id})
@@ -133,7 +138,7 @@ func (b *soakBackend) serve(c *net.TCPConn) {
 		}
 	case soakReset:
 		_, _ = io.WriteString(c, "bye")
-		_ = c.SetLinger(0)
+		_ = socket.SetLinger(0)
 	}
 }
 

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"encoding/binary"
 	"io"
 	"net"
@@ -28,31 +29,53 @@ func arrive(c net.Conn) {
 type arrival struct{ client, to string }
 
 // greet reads the kind of a connection, and before it the PROXY header, if there is
-// one. It reads no byte more, and reports false where there is no kind.
-func (b *soakBackend) greet(c net.Conn) (kind byte, ok bool) {
+// one, and a TLS handshake, if the backend speaks that. It reads no byte more, and
+// returns what to go on with; nil where there is no kind.
+func (b *soakBackend) greet(socket net.Conn) (kind byte, c net.Conn) {
 	raw := make([]byte, 1)
-	if _, err := io.ReadFull(c, raw); err != nil {
-		return 0, false
+	if _, err := io.ReadFull(socket, raw); err != nil {
+		return 0, nil
 	}
-	version := map[byte]byte{'P': 1, '\r': 2}[raw[0]]
-	if version == 0 {
-		b.requireHeader(raw[0], nil)
-		return raw[0], true
+	var header *proxyproto.Header
+	c = &unread{Conn: socket, first: raw}
+	if version := map[byte]byte{'P': 1, '\r': 2}[raw[0]]; version != 0 {
+		whole, err := readHeader(socket, raw, version)
+		if err != nil {
+			return 0, nil // the backend was killed
+		}
+		if header, err = proxyproto.Read(bufio.NewReader(bytes.NewReader(whole))); err != nil {
+			b.findings.add("backend %d: PROXY header %q: %v", b.id, whole, err)
+			return 0, nil
+		}
+		c = socket
 	}
-	whole, err := readHeader(c, raw, version)
-	if err != nil {
-		return 0, false // the backend was killed
+	if b.secure != nil {
+		c = tls.Server(c, b.secure)
 	}
-	header, err := proxyproto.Read(bufio.NewReader(bytes.NewReader(whole)))
-	if err != nil {
-		b.findings.add("backend %d: PROXY header %q: %v", b.id, whole, err)
-		return 0, false
+	first := make([]byte, 1)
+	if _, err := io.ReadFull(c, first); err != nil {
+		return 0, nil // as that of a check, or of a client that has nothing to say
 	}
-	if _, err := io.ReadFull(c, raw); err != nil {
-		return 0, false // as that of a check, or of a client that has nothing to say
+	b.requireHeader(first[0], header)
+	if u, ok := c.(*unread); ok {
+		c = u.Conn // the byte has been read
 	}
-	b.requireHeader(raw[0], header)
-	return raw[0], true
+	return first[0], c
+}
+
+// unread is a connection of which some bytes were read.
+type unread struct {
+	net.Conn
+	first []byte
+}
+
+func (u *unread) Read(b []byte) (int, error) {
+	if len(u.first) > 0 {
+		n := copy(b, u.first)
+		u.first = u.first[n:]
+		return n, nil
+	}
+	return u.Conn.Read(b)
 }
 
 // readHeader reads the rest of a header that begins with raw.

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -25,7 +26,7 @@ var (
 // that die, stall and come back, moments without any, reloads and loads that
 // fail, each with another policy, states and weights set by hand, connections cut
 // by hand, and answers of DNS, with and without PROXY headers to the backends, which
-// know who has come. A client may fail only if something happened to its
+// know who has come, and with TLS to two of them. A client may fail only if something happened to its
 // backend, and never take a cut stream for a complete one. No connection goes to a
 // backend that takes none, to a backup beside others, or over a backend's limit. In
 // the end every connection has one line in the access log, which agrees with its
@@ -74,6 +75,7 @@ type soak struct {
 	first    *Backend // the one that always lives, in the pool
 	names    *nameServer
 	drain    string          // drain_timeout of the running config
+	ca       *issuer         // of the backends that speak TLS
 	did      map[string]int  // what, how often
 	killed   int             // connections that the admin API said it cuts
 	relays   map[string]bool // kinds that were seen
@@ -110,19 +112,24 @@ func startSoak(t testing.TB, seed uint64) *soak {
 		silences: freeAddress(t),
 		names:    startNameServer(t),
 		drain:    longDrain,
+		ca:       newIssuer(t),
 		did:      make(map[string]int),
 		relays:   make(map[string]bool),
 		stop:     make(chan struct{}),
 	}
-	for _, limit := range []int{4, 2, 0, 0, 0} {
-		s.addBackend(listen(t), limit)
+	for i, limit := range []int{4, 2, 0, 0, 0} {
+		var secure *tls.Config
+		if i == 1 || i == 3 {
+			secure = &tls.Config{Certificates: []tls.Certificate{s.ca.issue(nil)}}
+		}
+		s.addBackend(listen(t), limit, secure)
 	}
 	_, port, err := net.SplitHostPort(freeAddress(t))
 	require.NoError(t, err)
 	for i := range 3 {
 		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.%d:%s", 11+i, port))
 		require.NoError(t, err)
-		s.addBackend(ln, 0).inDNS = true
+		s.addBackend(ln, 0, nil).inDNS = true
 	}
 	s.names.answer(strings.TrimSuffix(soakName, "."), s.answers()...)
 	s.startWellness()
@@ -163,7 +170,7 @@ var soakPolicies = []string{"round_robin", "least_conn", "random", "random_choos
 func (s *soak) configOf(members []soakMember, drain, more string) string {
 	var list []string
 	for _, m := range members {
-		list = append(list, fmt.Sprintf(`{"address":%q,"weight":%d,"backup":%v,"max_connections":%d}`, m.address, m.weight, m.backup, m.limit))
+		list = append(list, fmt.Sprintf(`{"address":%q,"weight":%d,"backup":%v,"max_connections":%d%s}`, m.address, m.weight, m.backup, m.limit, s.tlsOf(m)))
 	}
 	policy := soakPolicies[s.rnd.IntN(len(soakPolicies))]
 	header := fmt.Sprintf(`"proxy_protocol":%q,`, soakHeaders[s.rnd.IntN(len(soakHeaders))])
@@ -180,6 +187,15 @@ func (s *soak) configOf(members []soakMember, drain, more string) string {
 	config = strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb":{"handshake_timeout":"1s"},`, 1)
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+
 		`"encoder":{"format":"json"},"include":["layer4.handlers.tcp_lb.access"]},`, 1)
+}
+
+// tlsOf is the member's TLS, if it speaks that. Where a renegotiation could come, the
+// relay is another one.
+func (s *soak) tlsOf(m soakMember) string {
+	if m.secure == nil {
+		return ""
+	}
+	return "," + s.ca.trusted(fmt.Sprintf(`"renegotiation":%q`, []string{"never", "once"}[s.rnd.IntN(2)]))
 }
 
 func (s *soak) count(what string) { s.did[what]++ }
