@@ -46,12 +46,17 @@ func runBackend() {
 		addresses = append(addresses, ln.Addr())
 		return ln.(*net.TCPListener)
 	}
-	go echoes(listen(), listen())
-	for _, serve := range []func(*net.TCPConn){source, source, sink, sink} {
-		ln := listen()
+	serving := []func(net.Conn){source, source, sink, sink}
+	if os.Getenv(secureEnv) == "" {
+		go echoes(listen(), listen())
+	} else {
+		serving = append([]func(net.Conn){echoSecurely, echoSecurely}, serving...)
+	}
+	for _, serve := range serving {
+		ln := secured(listen())
 		go func() {
 			for {
-				c, err := ln.AcceptTCP()
+				c, err := ln.Accept()
 				if err != nil {
 					return
 				}
@@ -67,7 +72,7 @@ func runBackend() {
 }
 
 // source sends for as long as the client reads.
-func source(c *net.TCPConn) {
+func source(c net.Conn) {
 	buf := make([]byte, 256<<10)
 	for err := error(nil); err == nil; {
 		_, err = c.Write(buf)
@@ -75,7 +80,7 @@ func source(c *net.TCPConn) {
 }
 
 // sink reads to the end and acknowledges it with a byte.
-func sink(c *net.TCPConn) {
+func sink(c net.Conn) {
 	buf := make([]byte, 256<<10)
 	for {
 		if _, err := c.Read(buf); err != nil {

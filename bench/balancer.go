@@ -63,8 +63,11 @@ func balancers(dir string, b *backends) []balancer {
 		})
 	}
 	most := mostHeld()
-	add("tcp_lb", *caddy, "tcp_lb.json", most, tcpLB("tcp_lb/"), "run", "--config", "FILE")
-	add("tcp_lb on :port", *caddy, "tcp_lb-plain.json", most, tcpLB(""), "run", "--config", "FILE")
+	add("tcp_lb", *caddy, "tcp_lb.json", most, tcpLB("tcp_lb/", trusted), "run", "--config", "FILE")
+	if certFile != "" {
+		add("tcp_lb by x25519", *caddy, "tcp_lb-x25519.json", most, tcpLB("tcp_lb/", trustedByX25519), "run", "--config", "FILE")
+	}
+	add("tcp_lb on :port", *caddy, "tcp_lb-plain.json", most, tcpLB("", trusted), "run", "--config", "FILE")
 	add(baseline, *caddy, "proxy.json", most, caddyProxy, "run", "--config", "FILE")
 	add("HAProxy", "haproxy", "haproxy.cfg", most, haproxy(most, ""), "-db", "-f", "FILE")
 	less := most * 3 / 5 // it sets files aside for pipes
@@ -99,14 +102,18 @@ func caddyConfig(services []service, network string, handler func(service) map[s
 	return string(config)
 }
 
-func tcpLB(network string) func([]service) string {
+func tcpLB(network string, secured func() map[string]any) func([]service) string {
 	return func(services []service) string {
 		return caddyConfig(services, network, func(s service) map[string]any {
 			var list []any
 			for _, a := range s.backends {
 				list = append(list, map[string]any{"address": a})
 			}
-			return map[string]any{"handler": "tcp_lb", "name": s.name, "backends": list}
+			h := map[string]any{"handler": "tcp_lb", "name": s.name, "backends": list}
+			if certFile != "" {
+				h["tls"] = secured()
+			}
+			return h
 		})
 	}
 }
@@ -115,7 +122,11 @@ func caddyProxy(services []service) string {
 	return caddyConfig(services, "", func(s service) map[string]any {
 		var list []any
 		for _, a := range s.backends {
-			list = append(list, map[string]any{"dial": []string{a}})
+			upstream := map[string]any{"dial": []string{a}}
+			if certFile != "" {
+				upstream["tls"] = trusted()
+			}
+			list = append(list, upstream)
 		}
 		return map[string]any{
 			"handler": "proxy", "upstreams": list,
@@ -132,7 +143,11 @@ func haproxy(most int, option string) func([]service) string {
 		for _, s := range services {
 			config += fmt.Sprintf("listen %s\n\tbind %s\n\tbalance roundrobin\n", s.name, s.listen)
 			for i, a := range s.backends {
-				config += fmt.Sprintf("\tserver s%d %s check inter 10s\n", i, a)
+				config += fmt.Sprintf("\tserver s%d %s check inter 10s", i, a)
+				if certFile != "" {
+					config += " ssl verify required ca-file " + certFile
+				}
+				config += "\n"
 			}
 		}
 		return config
@@ -151,7 +166,11 @@ func nginx(dir string) func([]service) string {
 			for _, a := range s.backends {
 				config += "\t\tserver " + a + ";\n"
 			}
-			config += "\t}\n\tserver { listen " + s.listen + "; proxy_pass " + s.name + "; }\n"
+			config += "\t}\n\tserver { listen " + s.listen + "; proxy_pass " + s.name + ";"
+			if certFile != "" {
+				config += " proxy_ssl on; proxy_ssl_protocols TLSv1.2 TLSv1.3; proxy_ssl_verify on; proxy_ssl_name backend.test; proxy_ssl_session_reuse on; proxy_ssl_trusted_certificate " + certFile + ";"
+			}
+			config += " }\n"
 		}
 		return config + "}\n"
 	}

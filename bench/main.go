@@ -5,6 +5,7 @@
 // connection, and, less telling on a shared machine, latency.
 //
 //	go run ./bench
+//	go run ./bench -tls full -work idle,short,bulk # with TLS to the backends
 //
 // Each balancer runs in a process of its own, in front of the same backends,
 // with the same client, one at a time and in turns for several rounds. HAProxy
@@ -80,6 +81,9 @@ func run() error {
 	}
 	if *kinds == "checks" {
 		return compareChecks(dir, wanted, stop)
+	}
+	if err := secureBackends(dir); err != nil {
+		return err
 	}
 	backends, err := startBackends()
 	if err != nil {
