@@ -159,9 +159,9 @@ func TestSilentClientsStarveNobody(t *testing.T) {
 				_ = conn.Close()
 			}
 			eventually(t, func() bool { return c.openFiles(t) <= before+2 }, "files are free again")
-			line := c.line(t, "closed connections that had not reached tcp_lb")
+			// The look whether a port listens may have been turned away, too.
+			line := c.line(t, fmt.Sprintf(`"closed connections that had not reached tcp_lb","listener":%q`, ports(d)[0]))
 			require.Equal(t, "warn", line["level"])
-			require.Contains(t, ports(d), line["listener"])
 			require.Contains(t, line, "handshake_timeout_count")
 			c.mu.Lock()
 			defer c.mu.Unlock()
