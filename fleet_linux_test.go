@@ -77,8 +77,9 @@ func newMachine(t *testing.T, name string, addresses ...string) *machine {
 	return h
 }
 
-// newFleet has the backends run, and no balancer yet.
-func newFleet(t *testing.T) *fleet {
+// newFleet has the backends run, and no balancer yet. Servers are what their
+// config has more than the example.
+func newFleet(t *testing.T, servers string) *fleet {
 	t.Helper()
 	bringUp(t)
 	configure(t, "ip link add bridge type bridge")
@@ -100,8 +101,12 @@ func newFleet(t *testing.T) *fleet {
 	config, err := adapt(t, demo.String())
 	require.NoError(t, err)
 	startChildUnder(t, f.backends.enter(), config)
+	for n := range 3 {
+		eventually(t, func() bool { return listens(fmt.Sprintf("10.77.0.1%d:5432", n+1)) }, "backend-%d listens", n+1)
+	}
 
 	text := strings.ReplaceAll(readFile(t, "examples/keepalived/Caddyfile"), "192.0.2.", "10.77.0.")
+	text = replaceOnce(t, text, "\tlayer4 {\n", "\tlayer4 {\n"+servers)
 	f.config, err = adapt(t, replaceOnce(t, text, "{\n", "{\n\tadmin off\n\tpersist_config off\n"))
 	require.NoError(t, err)
 	return f
@@ -174,31 +179,14 @@ func (f *fleet) shares(t *testing.T, to string) (names [fleetClients]string) {
 // TestKeepalived has an address move to the other balancer when one is killed, or
 // about to end, and its clients meet the backends that they had.
 func TestKeepalived(t *testing.T) {
-	requirePrograms(t, "/usr/sbin", "keepalived iproute2 curl", "keepalived", "ip", "nsenter", "curl")
-	if os.Getuid() != 0 {
-		skipWithout(t, "root, as keepalived changes groups for its scripts")
-	}
+	requireKeepalived(t)
 	if !inNamespace(t) {
 		return
 	}
-	const shared = "10.77.0.100"
-	f := newFleet(t)
+	const shared = sharedAddress
+	f := newFleet(t, "")
 	children := [2]*child{f.start(t, 0), f.start(t, 1)}
-	example := readFile(t, "examples/keepalived/keepalived.conf")
-	example = replaceOnce(t, example, "192.0.2.100", shared)
-	example = replaceOnce(t, example, "script_user nobody", "script_user root") // the only one here
-	var outputs [2]func() string
-	for i, h := range f.balancers {
-		dir := t.TempDir()
-		text := example
-		if i > 0 {
-			text = replaceOnce(t, text, "priority 100", "priority 90")
-		}
-		require.NoError(t, os.WriteFile(dir+"/keepalived.conf", []byte(text), 0o600))
-		command := append(h.enter(), "keepalived", "--dont-fork", "--log-console", "--use-file="+dir+"/keepalived.conf",
-			"--pid="+dir+"/pid", "--vrrp_pid="+dir+"/vrrp", "--checkers_pid="+dir+"/checkers", "--vrrp")
-		outputs[i] = startProcess(t, command)
-	}
+	outputs := f.share(t)
 	f.serves(t, shared)
 	before := f.shares(t, shared)
 
@@ -210,7 +198,9 @@ func TestKeepalived(t *testing.T) {
 
 	// An exit moves it before anybody is refused.
 	children[holder] = f.start(t, holder)
-	eventually(t, func() bool { return strings.Count(outputs[holder](), "Entering BACKUP STATE") == 2 }, "it is back")
+	eventually(t, func() bool {
+		return strings.Contains(after(outputs[holder](), "can_serve) failed"), "can_serve) succeeded")
+	}, "it is back")
 	require.True(t, f.holds(1-holder, shared), "the address stays where it is")
 	children[1-holder].signal(t, syscall.SIGTERM)
 	for !f.holds(holder, shared) {
@@ -218,6 +208,59 @@ func TestKeepalived(t *testing.T) {
 		require.NoError(t, err, "a client of the time between")
 	}
 	require.Equal(t, before, f.shares(t, shared))
+}
+
+// A pool that is down does not take the address from the others: it is down on
+// either machine.
+func TestKeepalivedWhereAPoolIsDown(t *testing.T) {
+	requireKeepalived(t)
+	if !inNamespace(t) {
+		return
+	}
+	f := newFleet(t, "\t\ttcp_lb/:5433 {\n\t\t\troute {\n\t\t\t\ttcp_lb 10.77.0.11:1 {\n\t\t\t\t\tname down\n\t\t\t\t}\n\t\t\t}\n\t\t}\n")
+	f.start(t, 0)
+	f.start(t, 1)
+	for _, output := range f.share(t) {
+		eventually(t, func() bool { return strings.Contains(output(), "can_serve) failed") }, "neither is ready")
+	}
+	f.serves(t, sharedAddress)
+	f.shares(t, sharedAddress)
+}
+
+func requireKeepalived(t *testing.T) {
+	t.Helper()
+	requirePrograms(t, "/usr/sbin", "keepalived iproute2 curl", "keepalived", "ip", "nsenter", "curl")
+	if os.Getuid() != 0 {
+		skipWithout(t, "root, as keepalived changes groups for its scripts")
+	}
+}
+
+const sharedAddress = "10.77.0.100"
+
+// share has keepalived run on both balancers' machines, as in the example. It
+// returns their output so far.
+func (f *fleet) share(t *testing.T) (outputs [2]func() string) {
+	t.Helper()
+	example := readFile(t, "examples/keepalived/keepalived.conf")
+	example = replaceOnce(t, example, "192.0.2.100", sharedAddress)
+	example = replaceOnce(t, example, "script_user nobody", "script_user root") // the only one here
+	for i, h := range f.balancers {
+		dir := t.TempDir()
+		require.NoError(t, os.WriteFile(dir+"/keepalived.conf", []byte(example), 0o600))
+		command := append(h.enter(), "keepalived", "--dont-fork", "--log-console", "--use-file="+dir+"/keepalived.conf",
+			"--pid="+dir+"/pid", "--vrrp_pid="+dir+"/vrrp", "--checkers_pid="+dir+"/checkers", "--vrrp")
+		outputs[i] = startProcess(t, command)
+	}
+	return outputs
+}
+
+// after is what follows the text's last mention; empty if there is none.
+func after(s, text string) string {
+	i := strings.LastIndex(s, text)
+	if i < 0 {
+		return ""
+	}
+	return s[i:]
 }
 
 // startProcess runs the command until the test ends. It returns its output so far.
@@ -268,7 +311,7 @@ func TestECMP(t *testing.T) {
 		return
 	}
 	const shared = "10.77.9.9"
-	f := newFleet(t)
+	f := newFleet(t, "")
 	sysctl(t, "ipv4/fib_multipath_hash_policy", "1")
 	first := f.start(t, 0)
 	f.start(t, 1)
