@@ -233,12 +233,12 @@ func (c *checker) outdated() bool {
 }
 
 // next sets the timer for the next probe. The interval is from when the last was
-// due: those that waited for a place together began together, and would stay in
-// step. One that waited for long has its pause all the same.
+// due, or would have been due since: those that waited for a place together, or for
+// a process that was stopped, began together, and would stay in step.
 func (c *checker) next(timer *time.Timer, pause time.Duration) {
 	from := c.began
-	if pause == c.settings.Load().checks.interval && from.Sub(c.due) < pause/2 {
-		from = c.due
+	if pause > 0 && pause == c.settings.Load().checks.interval {
+		from = c.due.Add(from.Sub(c.due).Round(pause)) // its place in the interval
 	}
 	c.due = from.Add(pause)
 	timer.Reset(time.Until(c.due))

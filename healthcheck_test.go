@@ -495,3 +495,24 @@ func TestFailedLoadLeavesTheRunningConfigAlone(t *testing.T) {
 		running.stop()
 	})
 }
+
+// Checks that all come late, as after a stop of the process, keep their places in
+// the interval: none is more than half of one away from where it was.
+func TestLateChecksKeepTheirPlaces(t *testing.T) {
+	const interval = 10 * time.Second
+	c := new(checker)
+	c.settings.Store(&assignment{generation: &generation{checks: checkSettings{interval: interval}}})
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	began := time.Now()
+	for late, want := range map[time.Duration]time.Duration{
+		0: 10 * time.Second, 3 * time.Second: 7 * time.Second, 6 * time.Second: 14 * time.Second, 37 * time.Second: 13 * time.Second,
+	} {
+		c.began, c.due = began, began.Add(-late)
+		c.next(timer, interval)
+		require.Equal(t, want, c.due.Sub(began), "%s late", late)
+		c.began, c.due = began, began.Add(-late)
+		c.next(timer, time.Second)
+		require.Equal(t, time.Second, c.due.Sub(began), "a fast one has its pause")
+	}
+}

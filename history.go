@@ -34,6 +34,7 @@ type recorder struct {
 
 // poolHistory is a ring of moments.
 type poolHistory struct {
+	of      *pool
 	seen    poolCount // at the last of them
 	moments []historyMoment
 	next    int // where the next moment goes once the ring is full
@@ -121,8 +122,8 @@ func (r *recorder) record(stop <-chan struct{}) {
 	r.rounds++
 	for _, c := range counts {
 		h := r.pools[c.name]
-		if h == nil {
-			h = new(poolHistory)
+		if h == nil || h.of != c.of { // another pool of that name counts from 0
+			h = &poolHistory{of: c.of}
 			r.pools[c.name] = h
 		}
 		h.add(c)
@@ -144,6 +145,7 @@ func (r *recorder) record(stop <-chan struct{}) {
 type counted struct {
 	poolCount
 	name     string
+	of       *pool
 	open     uint64
 	waiting  int64
 	backends []backendCount
@@ -172,7 +174,7 @@ func (r *poolRegistry) count() []counted {
 func (r *poolRegistry) countOf(p *pool) counted {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c := counted{name: p.name, backends: make([]backendCount, 0, len(p.backends))}
+	c := counted{name: p.name, of: p, backends: make([]backendCount, 0, len(p.backends))}
 	c.at, c.total, c.waiting = time.Now(), p.gone, p.waiters.waiting.Load()
 	for why := range c.unserved {
 		c.unserved[why] = p.closed[why].Load()
