@@ -191,7 +191,7 @@ func (c *checker) run(ctx context.Context) {
 			c.next(timer, 0)
 			continue
 		}
-		first, checks := !c.verdict.settled, c.settings.Load().checks
+		first, wasDown, checks := !c.verdict.settled, c.verdict.down, c.settings.Load().checks
 		if isScarcity(err) { // which says nothing of the backend
 			c.backend.setError(err)
 			c.next(timer, checks.fastInterval)
@@ -211,8 +211,9 @@ func (c *checker) run(ctx context.Context) {
 		switch {
 		case c.needed: // and it is coming back
 			pause = min(wantedSpacing, pause)
-		case first && pause == checks.interval:
-			// Backends of one config start in step; this takes them out of it.
+		case (first || wasDown && !c.verdict.down) && pause == checks.interval:
+			// Backends of one config start in step, and those that were away together
+			// come back so; this takes them out of it.
 			pause = spread(pause)
 		case c.verdict.down && c.verdict.run == 0 && pause < checks.interval:
 			// So do those that went down together.

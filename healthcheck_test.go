@@ -399,6 +399,41 @@ func TestChecksAreSpread(t *testing.T) {
 	})
 }
 
+// Backends that were away together come back together, and are not in step.
+func TestChecksAreSpreadAfterAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNet()
+		const n = 100
+		var addresses []string
+		for i := range n {
+			addresses = append(addresses, fmt.Sprintf("10.1.0.%d:80", i))
+		}
+		down(f, addresses...)
+		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(addresses...) })
+		g.start()
+		time.Sleep(1500 * time.Millisecond)
+		for _, a := range addresses {
+			f.fail(a, nil)
+		}
+		time.Sleep(20 * time.Second) // all are up
+		from := time.Now()
+		time.Sleep(20 * time.Second)
+		g.stop()
+		perSecond := make(map[int]int)
+		for _, a := range addresses {
+			for _, at := range f.times(a) {
+				if at.After(from) {
+					perSecond[int(at.Sub(from).Seconds())%10]++
+				}
+			}
+		}
+		require.Len(t, perSecond, 10)
+		for second, count := range perSecond {
+			require.Less(t, count, 2*n/10*3, "second %d", second)
+		}
+	})
+}
+
 func TestHealthPortLeavesTheAddressAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -98,6 +99,9 @@ func (loaded securities) load(ctx caddy.Context, t *BackendTLS) (*security, erro
 	}
 	if config == nil { // as that says that all is as it is without
 		config = new(tls.Config)
+	}
+	if err := checks.CheckPool(config.RootCAs); err != nil {
+		return nil, fmt.Errorf("tls.ca: %w", err)
 	}
 	config.NextProtos = t.ALPN
 	s := &security{config: config, timeout: time.Duration(t.HandshakeTimeout)}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -183,8 +184,16 @@ func checkClientAuth(path string, t *BackendTLS) error {
 		return fmt.Errorf("tls.client_certificate_key_file %q: the certificate is missing, write client_certificate_file", key)
 	case file != "" && t.ClientCertificateAutomate != "":
 		return fmt.Errorf("%s %q: one certificate is enough, and client_certificate_automate is there, too", path, file)
+	case isFileName(t.ClientCertificateAutomate):
+		return fmt.Errorf("%s %q: want a name for which Caddy has a certificate, or two files: the certificate's and its key's, which may be one and the same",
+			path, t.ClientCertificateAutomate)
 	}
 	return nil
+}
+
+// isFileName reports whether what should be a host's name is that of a file.
+func isFileName(name string) bool {
+	return strings.ContainsAny(name, `/\`) || slices.Contains([]string{".pem", ".crt", ".cer", ".key"}, strings.ToLower(filepath.Ext(name)))
 }
 
 func clientAuthText(t *BackendTLS) string {

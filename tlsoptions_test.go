@@ -2,6 +2,8 @@ package tcplb
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -25,6 +27,8 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 		{"tls\ntls_server_name db:5432", 2, `tls_server_name "db:5432": want a server's name`},
 		{"tls\ntls_server_name *.internal", 2, "want a server's name"},
 		{"tls\ntls_client_auth a b c", 2, `tls_client_auth a b: want a certificate's file and its key's, found "c"`},
+		{"tls\ntls_client_auth /etc/lb.pem", 2, "want a name for which Caddy has a certificate, or two files"},
+		{"tls\ntls_client_auth lb.PEM", 2, "or two files: the certificate's and its key's, which may be one and the same"},
 		{"tls\ntls_trust_pool files a", 2, "tls_trust_pool files"},
 		{"tls\ntls_curves p256", 2, `unknown curve "p256"`},
 		{"tls\ntls_curves x25519 x25519", 2, "listed twice"},
@@ -44,6 +48,18 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 	} {
 		_, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
 		require.NoError(t, err, lines)
+	}
+}
+
+// Caddy makes an empty pool of a file in which it finds no certificate. All backends
+// would be down with it.
+func TestTrustPoolOfNobody(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ca.der")
+	require.NoError(t, os.WriteFile(file, []byte{0x30, 0x82}, 0o600))
+	for _, lines := range []string{"tls\ntls_trust_pool file " + file, "health_tls_trust_pool file " + file} {
+		config, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
+		require.NoError(t, err)
+		require.ErrorContains(t, validate(t, config), "no certificate in the trust pool: want PEM", lines)
 	}
 }
 

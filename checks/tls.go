@@ -2,7 +2,9 @@ package checks
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/caddyserver/caddy/v2"
@@ -43,5 +45,14 @@ func (t *TLS) Config(ctx caddy.Context) (*tls.Config, error) {
 		return nil, fmt.Errorf("module %T is no trust pool", module)
 	}
 	c.RootCAs = ca.CertPool()
-	return c, nil
+	return c, CheckPool(c.RootCAs)
+}
+
+// CheckPool refuses a pool that trusts nobody. Caddy makes one of a file in which it
+// finds no certificate.
+func CheckPool(trusted *x509.CertPool) error {
+	if trusted != nil && trusted.Equal(x509.NewCertPool()) {
+		return errors.New("no certificate in the trust pool: want PEM, which begins with -----BEGIN CERTIFICATE-----")
+	}
+	return nil
 }
