@@ -128,7 +128,9 @@ func (s *stopper) Handle(_ context.Context, e caddy.Event) error {
 	if e.Origin() == nil && caddy.Exiting() {
 		listenForTermination()
 		s.app.delayShutdown()
-		return s.app.Stop()
+		err := s.app.Stop()
+		go cutOnTermination() // an app that Caddy stops first may take its time
+		return err
 	}
 	return nil
 }

@@ -49,8 +49,11 @@ func (k clientKey) String() string {
 // never more of these than connections.
 type clients struct {
 	shards  [clientShards]clientShard
-	pausing atomic.Int64
 	refused atomic.Pointer[clientKey] // the last one over the limit
+
+	pausesMu sync.Mutex
+	pausing  int               // in enterSoon
+	pauses   map[clientKey]int // by client; those that are 0 have no entry
 }
 
 type clientShard struct {
@@ -114,19 +117,22 @@ func (c *clients) leave(k clientKey) {
 // that ends a connection and begins another may be seen to do the latter first.
 var clientPauses = []time.Duration{time.Millisecond, 4 * time.Millisecond, 15 * time.Millisecond, 60 * time.Millisecond}
 
-// mostPausing is how many of a pool's clients do so at once. A flood is refused
-// without.
-const mostPausing = 64
+// A flood is refused without: so many connections of a pool do so at once, and of
+// one client so many, which leaves places for others.
+const (
+	mostPausing      = 64
+	mostPausingOfOne = 4
+)
 
 // enterSoon is enter, for a client that may have ended another connection just now.
 func (c *clients) enterSoon(k clientKey, limit int64) bool {
 	if c.enter(k, limit) {
 		return true
 	}
-	defer c.pausing.Add(-1)
-	if c.pausing.Add(1) > mostPausing {
+	if !c.pause(k) {
 		return false
 	}
+	defer c.resume(k)
 	for _, d := range clientPauses {
 		time.Sleep(d)
 		if c.enter(k, limit) {
@@ -134,4 +140,28 @@ func (c *clients) enterSoon(k clientKey, limit int64) bool {
 		}
 	}
 	return false
+}
+
+// pause has one more of the client's connections wait, unless too many do.
+func (c *clients) pause(k clientKey) bool {
+	c.pausesMu.Lock()
+	defer c.pausesMu.Unlock()
+	if c.pausing == mostPausing || c.pauses[k] == mostPausingOfOne {
+		return false
+	}
+	if c.pauses == nil {
+		c.pauses = make(map[clientKey]int)
+	}
+	c.pausing++
+	c.pauses[k]++
+	return true
+}
+
+func (c *clients) resume(k clientKey) {
+	c.pausesMu.Lock()
+	defer c.pausesMu.Unlock()
+	c.pausing--
+	if c.pauses[k]--; c.pauses[k] == 0 {
+		delete(c.pauses, k)
+	}
 }

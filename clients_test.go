@@ -191,6 +191,30 @@ func TestOneConnectionAfterTheOther(t *testing.T) {
 	}
 }
 
+// A client that is over its limit many times at once leaves others the time that
+// they may need.
+func TestOneClientLeavesPausesToOthers(t *testing.T) {
+	c := new(clients)
+	flood, other := clientKey{kind: 4, bits: 1}, clientKey{kind: 4, bits: 2}
+	for range mostPausing {
+		c.pause(flood)
+	}
+	require.False(t, c.pause(flood))
+	for range mostPausingOfOne {
+		require.True(t, c.pause(other))
+	}
+	for range mostPausingOfOne {
+		c.resume(flood)
+		c.resume(other)
+	}
+	require.Zero(t, c.pausing)
+	require.Empty(t, c.pauses)
+	for i := range mostPausing {
+		require.True(t, c.pause(clientKey{kind: 4, bits: uint64(i)}))
+	}
+	require.False(t, c.pause(other), "however many clients")
+}
+
 // proxied opens a connection of a client that a PROXY header names.
 func proxied(t testing.TB, lb, client string) *net.TCPConn {
 	t.Helper()

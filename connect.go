@@ -210,9 +210,12 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 	began := time.Now()
 	p := newPatience(s, began)
 	a := b.approach.Load()
-	conn, err := g.dial(p, a.to(b.target), g.dialTimeout)
-	if a != nil && err == nil {
-		conn, err = a.open(p, b, conn, began.Add(g.dialTimeout), s.request.parties())
+	conn, err := s.approach(p, g, b, a, began)
+	if refusedSession(err) && p.Err() == nil {
+		b.channelBy(a.security).session.Store(nil)
+		if conn, err = s.approach(p, g, b, a, began); err == nil {
+			b.channelBy(a.security).refuse()
+		}
 	}
 	took := time.Since(began)
 	p.end()
@@ -227,6 +230,16 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 		b.noteFailure(err)
 	}
 	return conn, took, err
+}
+
+// approach connects to b as a says, within the dial timeout from the time it began.
+func (s *search) approach(p *patience, g *generation, b *Backend, a *approach, began time.Time) (net.Conn, error) {
+	deadline := began.Add(g.dialTimeout)
+	conn, err := g.dial(p, a.to(b.target), time.Until(deadline))
+	if a != nil && err == nil {
+		return a.open(p, b, conn, deadline, s.request.parties())
+	}
+	return conn, err
 }
 
 // parties returns who the connection is between.

@@ -144,7 +144,7 @@ func exitsBy(t time.Time) {
 // delayShutdown waits for shutdown_delay, with all apps at work. A SIGTERM that comes
 // now is the second: it ends the delay, and then what is open.
 func (a *App) delayShutdown() {
-	if a.ShutdownDelay == 0 {
+	if a.ShutdownDelay == 0 || exitDelayed.Swap(true) {
 		return
 	}
 	logger := caddy.Log().Named("tcp_lb")
@@ -166,3 +166,18 @@ func (a *App) delayShutdown() {
 var terminated = make(chan os.Signal, 1)
 
 var listenForTermination = sync.OnceFunc(func() { ossignal.Notify(terminated, syscall.SIGTERM) })
+
+// exitDelayed is whether the exit has had its delay: one that begins while a config
+// is being loaded stops two of them, one after the other.
+var exitDelayed atomic.Bool
+
+// cutOnTermination cuts what is open at the next SIGTERM, whatever Caddy waits for
+// at the time. It ends with the process.
+func cutOnTermination() {
+	s := <-terminated
+	registry.drainBefore(time.Now())
+	select {
+	case terminated <- s: // drainOnExit is to end, too
+	default:
+	}
+}

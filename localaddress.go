@@ -71,6 +71,8 @@ func checkLocalAddress(text string) error {
 		return fmt.Errorf("%s: want an IP address of this machine, such as 10.0.0.9, or off", text)
 	case a.IsUnspecified():
 		return fmt.Errorf("%s: leave it out for any address of this machine", text)
+	case a.IsLinkLocalUnicast() && a.Is6() && a.Zone() == "":
+		return fmt.Errorf("%s: want its interface, too, such as %s%%eth0", text, text)
 	case a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 		return fmt.Errorf("%s: no connection is from that: want an IP address of this machine", text)
 	}

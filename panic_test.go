@@ -3,6 +3,7 @@ package tcplb
 import (
 	"context"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -72,6 +73,43 @@ func TestPanicAtTheEndIsContained(t *testing.T) {
 	require.Zero(t, g.pool.active.Load())
 	opened, active, _ := g.members()[0].Backend.stats.connections()
 	require.EqualValues(t, 1, opened)
+	require.Zero(t, active)
+}
+
+// Nor in the line of a connection that has its backend: it goes on, among the
+// backend's others.
+func TestPanicAtTheBeginningIsContained(t *testing.T) {
+	watchLeftovers(t)
+	s := echoServer(t)
+	g, logs := testGeneration(t, newFakeNet(), func(h *Handler) {
+		h.Backends = backendList(s.address)
+		h.AccessLog, h.AccessLogConnects = true, true
+	})
+	g.dial = dialTarget
+	g.start()
+	defer g.stop()
+	serve := func() *net.TCPConn {
+		far, near := tcpPair(t)
+		go g.serve(layer4Connection(near))
+		write(t, far, "a")
+		expect(t, far, "a")
+		return far
+	}
+	before := serve()
+	voice := *g.pool.voice.Load()
+	voice.access = zap.New(panickingCore{zapcore.NewNopCore()})
+	g.pool.voice.Store(&voice)
+	panics := serve()
+	require.Equal(t, 1, logs.FilterMessage("panic while handling a connection").Len())
+	b := g.members()[0].Backend
+	b.mu.Lock()
+	open := slices.Collect(b.sessions.all())
+	b.mu.Unlock()
+	require.Len(t, open, 2)
+	require.NoError(t, panics.Close())
+	require.NoError(t, before.Close())
+	eventually(t, func() bool { return b.Load() == 0 }, "both have ended")
+	_, active, _ := b.stats.connections()
 	require.Zero(t, active)
 }
 

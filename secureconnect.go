@@ -9,6 +9,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/secure"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 )
@@ -29,12 +30,28 @@ func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, deadli
 		}
 		bare = real
 	}
-	c, err := secure.Client(ctx, bare, b.channelBy(s).config, deadline)
+	channel := b.channelBy(s)
+	offered := channel.session.Load() != nil
+	c, err := secure.Client(ctx, bare, channel.config, deadline)
 	if err == nil {
 		return c, nil
 	}
 	_ = bare.Close()
-	return nil, &handshakeError{err, deadline.Sub(began)}
+	return nil, &handshakeError{err, deadline.Sub(began), offered && isRefusal(err)}
+}
+
+// isRefusal reports whether it was the other side that ended the handshake.
+func isRefusal(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error" || relay.IsReset(err) || errors.Is(err, io.EOF)
+}
+
+// refusedSession reports whether err is the end of a handshake that was to resume a
+// session. Some servers that want certificates of clients end each of those; one
+// without a session tells whether this is such a server.
+func refusedSession(err error) bool {
+	var e *handshakeError
+	return errors.As(err, &e) && e.resuming
 }
 
 // errTLS is of what failed in a handshake.
@@ -45,6 +62,8 @@ var errTLS = errors.New("TLS handshake")
 type handshakeError struct {
 	err    error
 	within time.Duration // what it had
+
+	resuming bool // a session was offered, and the other side ended it
 }
 
 func (e *handshakeError) Error() string { return "TLS handshake: " + e.words() }

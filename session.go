@@ -93,10 +93,10 @@ func (s *session) begin(g *generation, cx *layer4.Connection) (ok bool) {
 	}
 	s.from = compact(s.from)
 	s.prepare(g, cx)
-	s.logConnected()
 	if why := s.backend.enter(s); why != reasonNone {
 		s.end(why)
 	}
+	s.contain(s.logConnected) // the relay, and with it the last line, is yet to start
 	return true
 }
 

@@ -3,9 +3,12 @@ package tcplb
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -109,6 +112,25 @@ func TestShutdownDelayEnds(t *testing.T) {
 			require.EqualValues(t, 0, c.line(t, `"pool ended"`)["cut_by_drain_timeout"])
 		})
 	}
+}
+
+// Caddy waits for HTTP requests, without a limit unless one is set. A second SIGTERM
+// cuts what is open here all the same.
+func TestSecondTerminateBesideARequest(t *testing.T) {
+	s, silent := echoServer(t), startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	admin, web, lb := freeAddress(t), freeAddress(t), freeAddress(t)
+	config := delayedConfig(admin, web, "tcp_lb/"+lb, "100ms", `"name":"web","drain_timeout":"1h",`+checksDisabled+","+backendsJSON(s.address)+"}")
+	config = replaceOnce(t, config, `{"handler":"tcp_lb_health"}`, fmt.Sprintf(`{"handler":"reverse_proxy","upstreams":[{"dial":%q}]}`, silent.address))
+	c := startChild(t, config)
+	eventually(t, func() bool { return listens(lb) && listens(web) }, "listening")
+	write(t, dialClient(t, web), "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	eventually(t, func() bool { return silent.acceptedCount() == 1 }, "a request that is not answered")
+	conn := hold(t, lb)
+	c.signal(t, terminate)
+	c.line(t, "servers shutting down")
+	c.signal(t, terminate)
+	_, err := conn.Read(make([]byte, 1))
+	require.ErrorIs(t, err, syscall.ECONNRESET)
 }
 
 // A config that comes during the delay has to wait for its end, and is refused then: it

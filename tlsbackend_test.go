@@ -3,11 +3,14 @@ package tcplb
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,6 +159,30 @@ func TestTLSSessionsAreResumed(t *testing.T) {
 	reload(t, config(a.trusted(`"server_name":"127.0.0.1"`)))
 	echoed(t, lb, 10)
 	require.False(t, <-resumed, "each config verifies by itself")
+}
+
+// Some servers that verify clients end every handshake that would resume a session.
+// No client comes to know of that, and the next ones need no second connect.
+func TestTLSSessionsThatAreRefused(t *testing.T) {
+	const preSharedKey = 41 // the extension by which TLS 1.3 resumes
+	a := newIssuer(t)
+	var ended atomic.Int64
+	issued := a.issue(nil)
+	s := a.server(t, &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if slices.Contains(hello.Extensions, preSharedKey) {
+			ended.Add(1)
+			return nil, errors.New("session id context uninitialized")
+		}
+		return &tls.Config{Certificates: []tls.Certificate{issued}}, nil
+	}}, secureEcho)
+	lb := startTLS(t, "", a.trusted(""), s.address)
+	const clients = 6
+	for range clients {
+		echoed(t, lb, 10)
+	}
+	requireBooksBalance(t, clients)
+	require.Zero(t, dialErrors(t, s.address, dialTLS))
+	require.EqualValues(t, 1, ended.Load(), "once is enough")
 }
 
 // A reload has open connections go on as they are.

@@ -122,6 +122,7 @@ type channel struct {
 	of      *security
 	config  *tls.Config
 	session atomic.Pointer[tls.ClientSessionState]
+	never   atomic.Bool // the backend resumes none, and ends the handshake
 }
 
 func newChannel(s *security, host string) *channel {
@@ -137,7 +138,18 @@ func (c *channel) Get(string) (*tls.ClientSessionState, bool) {
 }
 
 // Put implements tls.ClientSessionCache.
-func (c *channel) Put(_ string, s *tls.ClientSessionState) { c.session.Store(s) }
+func (c *channel) Put(_ string, s *tls.ClientSessionState) {
+	if c.never.Load() {
+		s = nil
+	}
+	c.session.Store(s)
+}
+
+// refuse keeps no session from now on.
+func (c *channel) refuse() {
+	c.never.Store(true)
+	c.session.Store(nil)
+}
 
 // channel returns the backend's channel by the security, which is made where it
 // has another.

@@ -32,8 +32,10 @@ func (c *Conn) Brief() (net.Conn, error) {
 		return nil, c.failure("detach", net.ErrClosed)
 	}
 	b := &Brief{os.NewFile(uintptr(fd), "socket"), c.network, local, c.remote}
-	if !c.readBy.IsZero() {
-		_ = b.SetReadDeadline(c.readBy)
+	// os.NewFile does not tell where Go's poller could not have it, which this does.
+	if err := b.f.SetReadDeadline(c.readBy); err != nil {
+		_ = b.f.Close()
+		return nil, &net.OpError{Op: "dial", Net: c.network, Addr: c.remote, Err: os.NewSyscallError("epoll_ctl", unix.ENOSPC)}
 	}
 	if !c.writeBy.IsZero() {
 		_ = b.SetWriteDeadline(c.writeBy)
