@@ -1,11 +1,10 @@
 // Package loop waits for many sockets without a goroutine each. It is Linux's
 // only: elsewhere Acquire and Await fail with ErrUnavailable.
 //
-// There is a loop for every two processors, eight at most: a goroutine that waits
-// for its epoll descriptor in Go's poller. It calls its handlers one at a time, so
-// that what belongs to one loop needs no lock; in return no handler may block, or
-// work for long: it asks for another turn instead. A loop begins with its first
-// user and ends, with its file, when it has had none for a moment.
+// There is a loop for every two processors, up to eight loops. Each calls its handlers one at a
+// time, so that what belongs to one loop needs no lock; in return no handler may
+// block, or work for long: it asks for another turn instead. A loop begins with
+// its first user and ends, with its files, when it has had none for a moment.
 //
 // A handler never hears of a socket that is not its own any more: what the kernel
 // reported of a descriptor whose number was reused since is dropped. A handler's

@@ -28,6 +28,8 @@ const (
 	sharedFor = 2 * time.Millisecond
 	// BufferSize is the size of a loop's buffer.
 	BufferSize = 32 << 10
+	// wakeKey marks the events of a loop's own descriptor.
+	wakeKey = -1
 )
 
 // Loop calls its handlers in one goroutine. Methods are for the handlers, while
@@ -36,12 +38,13 @@ type Loop struct {
 	load atomic.Int64 // users, for those who choose a loop
 
 	mu      sync.Mutex
-	running bool        // guarded by mu, as the next two
-	users   int         // from Acquire to Leave
-	posts   []posted    // not taken yet
-	waits   atomic.Bool // there are any
-	sleeper
-	look func(uintptr) bool // takes what events there are, for sleep
+	running bool     // guarded by mu, as the next two
+	users   int      // from Acquire to Leave
+	posts   []posted // not taken yet
+	// Who posts wakes a loop that is asleep: posting stores waits, then looks at
+	// asleep; the loop does it the other way around.
+	waits, asleep atomic.Bool
+	epoll, wake   int // descriptors
 
 	clock   time.Time // what Now counts from
 	now     int64
@@ -72,7 +75,7 @@ var loops struct {
 	all  []*Loop
 }
 
-// Limit sets how many loops there may be, each of a file: one at least. It is
+// Limit sets how many loops there may be, each of two files: one at least. It is
 // called before the first Acquire.
 func Limit(most int) { loops.most.Store(int64(max(1, most))) }
 
@@ -111,13 +114,6 @@ func (l *Loop) acquire() error {
 		if err := l.open(); err != nil {
 			return err
 		}
-		if l.look == nil {
-			l.clock = time.Now()
-			l.look = func(uintptr) bool {
-				l.n = l.poll()
-				return l.n > 0
-			}
-		}
 		l.running = true
 		go l.run() // ends when it has no users
 	}
@@ -132,7 +128,7 @@ func (l *Loop) Leave() {
 	defer l.mu.Unlock()
 	l.load.Add(-1)
 	if l.users--; l.users == 0 {
-		l.wake()
+		l.wakeLocked()
 	}
 }
 
@@ -146,18 +142,47 @@ func (l *Loop) Post(h Handler, what uint32) {
 	}
 	l.posts = append(l.posts, posted{h, what})
 	l.waits.Store(true)
-	l.wake()
+	l.wakeLocked()
+}
+
+func (l *Loop) wakeLocked() {
+	if l.asleep.Load() && l.asleep.CompareAndSwap(true, false) {
+		one := uint64(1)
+		_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(l.wake), uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
+	}
+}
+
+// open makes what a run of the loop needs.
+func (l *Loop) open() (err error) {
+	if l.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return err
+	}
+	if l.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err == nil {
+		// Each write is an edge, so that nobody has to read.
+		err = unix.EpollCtl(l.epoll, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeKey})
+		if err != nil {
+			_ = unix.Close(l.wake)
+		}
+	}
+	if err != nil {
+		_ = unix.Close(l.epoll)
+		return err
+	}
+	if l.clock.IsZero() {
+		l.clock = time.Now()
+	}
+	return nil
 }
 
 // run is the loop.
 func (l *Loop) run() {
 	for busy := 0; ; {
-		slept, over := l.wait()
-		if over {
+		n, slept := l.wait()
+		if n < 0 {
 			return
 		}
 		l.now = int64(time.Since(l.clock))
-		l.at, l.toTurn = 0, len(l.turns)
+		l.n, l.at, l.toTurn = n, 0, len(l.turns)
 		for !l.round() {
 		}
 		l.handOver()
@@ -169,25 +194,27 @@ func (l *Loop) run() {
 	}
 }
 
-// wait takes the next events, at once if there is anything to do, and reports
-// whether it may have been asleep. After the last user has left it ends the
-// loop.
-func (l *Loop) wait() (slept, over bool) {
-	if l.n = l.poll(); l.n > 0 || len(l.turns) > 0 || l.waits.Load() {
-		return false, false
+// wait returns how many events there are, at once if there is anything to do,
+// and whether it may have been asleep. After the last user has left it ends the
+// loop, and returns -1.
+func (l *Loop) wait() (n int, slept bool) {
+	if n = l.poll(); n > 0 || len(l.turns) > 0 || l.waits.Load() {
+		return n, false
 	}
-	idle, until := l.idle(), int64(forGood)
+	timeout := l.wheel.next(l.now)
+	l.asleep.Store(true) // before the looks: who changes anything looks the other way around
+	idle := l.idle()
 	if idle {
-		until = l.now + int64(linger)
-	} else if next := l.wheel.next(l.now); next >= 0 {
-		until = l.now + int64(next)
+		timeout = linger
 	}
-	l.lieDown(l.clock, l.now, until)
-	if !l.waits.Load() && idle == l.idle() {
-		l.sleep(l.look)
+	if !l.waits.Load() {
+		n = l.sleep(timeout)
 	}
-	l.getUp()
-	return true, idle && l.n == 0 && l.end()
+	l.asleep.Store(false)
+	if n == 0 && idle && l.end() {
+		return -1, true
+	}
+	return n, true
 }
 
 // poll takes what events there are. It doesn't tell Go's scheduler of the call,
@@ -198,6 +225,19 @@ func (l *Loop) poll() int {
 		return 0
 	}
 	return int(n)
+}
+
+// sleep waits for events; a negative timeout is none.
+func (l *Loop) sleep(timeout time.Duration) int {
+	ms := -1
+	if timeout >= 0 {
+		ms = int((timeout + time.Millisecond - 1) / time.Millisecond)
+	}
+	n, err := unix.EpollWait(l.epoll, l.events[:], ms)
+	if err != nil { // interrupted
+		return 0
+	}
+	return n
 }
 
 func (l *Loop) idle() bool {
@@ -217,7 +257,8 @@ func (l *Loop) end() bool {
 	l.posts = nil
 	l.waits.Store(false)
 	l.table, l.batch, l.batchAt, l.turns, l.after = table{}, nil, 0, nil, nil
-	l.close()
+	_ = unix.Close(l.wake)
+	_ = unix.Close(l.epoll)
 	return true
 }
 
@@ -228,6 +269,9 @@ func (l *Loop) round() (done bool) {
 	for l.at < l.n {
 		e := &l.events[l.at]
 		l.at++
+		if e.Fd == wakeKey {
+			continue
+		}
 		if h := l.table.find(Ref{index: uint32(e.Fd) >> 1, generation: uint32(e.Pad)}); h != nil {
 			l.current = h
 			h.Ready(uint32(e.Fd)&1, e.Events)

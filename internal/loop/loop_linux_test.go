@@ -427,3 +427,18 @@ func TestAwait(t *testing.T) {
 		require.Zero(t, wrong.Load())
 	})
 }
+
+// A loop is shared for a moment after a handler was brief.
+func TestSharedLoop(t *testing.T) {
+	l := acquire(t)
+	on(t, l, func() {
+		l.brief = 0
+		assert.False(t, l.Shared())
+		l.Brief()
+		assert.True(t, l.Shared())
+		l.now += int64(sharedFor) - 1
+		assert.True(t, l.Shared())
+		l.now++
+		assert.False(t, l.Shared())
+	})
+}
