@@ -159,14 +159,21 @@ func (b *Backend) visitSessions(f func(some []*session)) {
 	some := make([]*session, 0, sessionsAtOnce)
 	b.mu.Lock()
 	c := b.sessions.cursor()
-	for c.next != nil {
+	b.mu.Unlock()
+	defer func() { // also of a panic: f may ask somebody's net.Addr
+		b.mu.Lock()
+		c.end()
+		b.mu.Unlock()
+	}()
+	for {
+		b.mu.Lock()
 		some = c.take(some[:0])
 		b.mu.Unlock()
+		if len(some) == 0 {
+			return
+		}
 		f(some)
-		b.mu.Lock()
 	}
-	c.end()
-	b.mu.Unlock()
 }
 
 func (f foundSession) status(now time.Time) connectionStatus {

@@ -26,9 +26,12 @@ func (l *sessionList) add(s *session) {
 	l.count++
 }
 
-// remove takes out s, which is in the list.
+// remove takes out s, if it is in the list.
 func (l *sessionList) remove(s *session) {
 	prev, next := s.place.prev, s.place.next
+	if prev == nil && l.first != s {
+		return
+	}
 	for _, c := range l.cursors {
 		if c.next == s {
 			c.next = next

@@ -63,3 +63,22 @@ func TestSessionList(t *testing.T) {
 		require.Empty(t, l.cursors)
 	}
 }
+
+func TestSessionListOfNobody(t *testing.T) {
+	var l sessionList
+	in, out := new(session), new(session)
+	l.add(in)
+	l.remove(out)
+	require.Equal(t, 1, l.count)
+	l.remove(in)
+	l.remove(in)
+	require.Zero(t, l.count)
+}
+
+// A visit that panics leaves nothing behind that later ends would have to mind.
+func TestVisitThatPanics(t *testing.T) {
+	b := new(Backend)
+	b.sessions.add(new(session))
+	require.Panics(t, func() { b.visitSessions(func([]*session) { panic("whose address is this") }) })
+	require.Empty(t, b.sessions.cursors)
+}
