@@ -73,7 +73,7 @@ func keysOf(set map[string]bool) (list []string) {
 // directory, and returns what its pool logs by.
 func runLogBlock(t testing.TB, dir string, block int) *zap.Logger {
 	t.Helper()
-	blocks := slices.DeleteFunc(fenced(t, "docs/logs.md", ""), func(b string) bool { return !strings.HasPrefix(b, "{") })
+	blocks := slices.DeleteFunc(fenced(t, "docs/logs.md", "caddyfile"), func(b string) bool { return !strings.HasPrefix(b, "{") })
 	text := strings.ReplaceAll(blocks[block], "/var/log/caddy/", dir+"/")
 	text = strings.TrimSuffix(strings.TrimSpace(text), "}")
 	// The default log is told apart by where it goes.

@@ -304,7 +304,7 @@ func ruleExpr(t testing.TB, alert string) string {
 }
 
 // everyExpression evaluates all that the project asks of Prometheus: each
-// query of a dashboard and of the README, each variable, each alert.
+// query of a dashboard and of docs/metrics.md, each variable, each alert.
 func (s *stage) everyExpression(t *testing.T) {
 	p := s.prometheus
 	for name, expr := range expressions(t) {
@@ -314,11 +314,11 @@ func (s *stage) everyExpression(t *testing.T) {
 		require.True(t, p.query(expr).hasNumber(), "%s: %s", name, expr)
 	}
 
-	questions := regexp.MustCompile("(?m)^\\| [a-z][^|`]* \\| (`.*`) \\|$").FindAllStringSubmatch(readFile(t, "README.md"), -1)
+	questions := regexp.MustCompile("(?m)^\\| [a-z][^|`]* \\| (`.*`) \\|$").FindAllStringSubmatch(readFile(t, "docs/metrics.md"), -1)
 	require.Greater(t, len(questions), 10)
 	for _, q := range questions {
 		for _, expr := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(q[1], -1) {
-			require.True(t, p.query(expr[1]).hasNumber(), "README: %s", expr[1])
+			require.True(t, p.query(expr[1]).hasNumber(), "docs/metrics.md: %s", expr[1])
 		}
 	}
 

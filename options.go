@@ -13,7 +13,7 @@ import (
 
 // Each option is declared once, here. The Caddyfile's parser, the defaults, the
 // refusals, the comparison of two handlers and what is said of mistakes work
-// from these tables, and tests hold README and comments to them. A further
+// from these tables, and tests hold README, docs/options.md and comments to them. A further
 // option is its field and its row.
 
 // spec is what is said of an option.
@@ -99,7 +99,7 @@ func init() {
 			help: "of this pool; further ones are closed"},
 			asNumber(0, math.MaxInt32, 0, plain(func(h *Handler) *int { return &h.MaxConnections }))},
 		{spec{name: "max_connections_per_client", values: "<number>", path: "max_connections_per_client", unset: "no limit",
-			help: "of this pool that one client has at once, by its address (IPv6: by /64), or that of a PROXY header that was read; further ones are closed (see [docs/connections.md](docs/connections.md#max_connections_per_client))"},
+			help: "of this pool that one client has at once, by its address (IPv6: by /64), or that of a PROXY header that was read; further ones are closed (see [who is one](docs/connections.md#max_connections_per_client))"},
 			asNumber(0, math.MaxInt32, 0, plain(func(h *Handler) *int { return &h.MaxConnectionsPerClient }))},
 		{spec{name: "dial_timeout", values: "<duration>", path: "dial_timeout",
 			help: "for one connect, name resolution included"},
@@ -108,13 +108,13 @@ func init() {
 			help: "end a connection after this time without a byte either way, or an eighth later at most"},
 			asDuration(0, defaultIdleTimeout, optional(func(h *Handler) **caddy.Duration { return &h.IdleTimeout }))},
 		{spec{name: "max_lifetime", values: "<duration> [<percent>%]", path: "max_lifetime", unset: "none",
-			help: "end a connection at this age, less or more by up to so much at random (10% unless it is said; `max_lifetime_spread` in JSON); see [docs/connections.md](docs/connections.md#max_lifetime)"},
+			help: "end a connection at this age, less or more by up to so much at random (10% unless it is said; `max_lifetime_spread` in JSON); see [max_lifetime](docs/connections.md#max_lifetime)"},
 			asLifetime()},
 		{spec{name: "drain_timeout", values: "<duration>", path: "drain_timeout", zero: "at once",
 			help: "what open connections get on exit, or when their backend leaves the config, before they are cut"},
 			asDuration(0, defaultDrainTimeout, optional(func(h *Handler) **caddy.Duration { return &h.DrainTimeout }))},
 		{spec{name: "access_log", values: "[{ ... }]", path: "access_log", unset: "off", aside: "Caddy's global option log says where its lines go",
-			help: "one line for each finished connection, WARN if it failed, else INFO; see [docs/logs.md](docs/logs.md)"},
+			help: "one line for each finished connection, WARN if it failed, else INFO; see [Logs](docs/logs.md)"},
 			asAccessLog()},
 	}...)
 
@@ -136,10 +136,10 @@ func init() {
 
 	globalOptions = []option[App]{
 		{spec{name: "handshake_timeout", values: "<duration>", path: "handshake_timeout", zero: "none",
-			help: "what a connection of a `tcp_lb/` listener gets from being accepted to reaching `tcp_lb`, a TLS handshake and the like included (see [Limits](#operating-it))"},
+			help: "what a connection of a `tcp_lb/` listener gets from being accepted to reaching `tcp_lb`, a TLS handshake and the like included (see [Silent clients](docs/operating.md#silent-clients))"},
 			asDuration(0, defaultHandshakeTimeout, optional(func(a *App) **caddy.Duration { return &a.HandshakeTimeout }))},
 		{spec{name: "shutdown_delay", values: "<duration>", path: "shutdown_delay", zero: "none",
-			help: "how long an exit goes on as before, while `tcp_lb_health` answers 503, before listening stops and `drain_timeout` begins; see [docs/connections.md](docs/connections.md#shutdown_delay)"},
+			help: "how long an exit goes on as before, while `tcp_lb_health` answers 503, before listening stops and `drain_timeout` begins; see [shutdown_delay](docs/connections.md#shutdown_delay)"},
 			asDuration(0, 0, plain(func(a *App) *caddy.Duration { return &a.ShutdownDelay }))},
 	}
 }

@@ -185,7 +185,7 @@ func TestDefaultsOfOptions(t *testing.T) {
 	requireSound(t, globalOptions, func() App { return App{} })
 }
 
-// documented are the rows of the options in the README.
+// documented are the rows of the options in the documentation, with links as in the README.
 func documented[T any](options []option[T]) (rows []string) {
 	var defaults T
 	fillIn(&defaults, options)
@@ -203,32 +203,45 @@ func documented[T any](options []option[T]) (rows []string) {
 	return rows
 }
 
-// TestReadmeHasTheOptions compares the README's tables with the rows, and writes
-// them with -update.
+// usedFirst are the options that the README shows.
+var usedFirst = []string{"name", "backend", "dynamic", "lb_policy", "lb_try_duration", "health_interval", "health_uri",
+	"close_if_unhealthy", "max_connections", "idle_timeout", "drain_timeout", "access_log"}
+
+// TestReadmeHasTheOptions compares the tables of README and docs/options.md with
+// the rows, and writes them with -update.
 func TestReadmeHasTheOptions(t *testing.T) {
-	readme := readFile(t, "README.md")
-	for _, c := range []struct {
-		header string
-		rows   []string
-	}{
-		{"| option | default | JSON | meaning |\n|---|---|---|---|\n",
-			append([]string{"| `<address>...` after `tcp_lb` | | `backends` | backends of weight 1 |"}, documented(handlerOptions)...)},
-		{"| in a backend's block | default | JSON | meaning |\n|---|---|---|---|\n", documented(backendOptions)},
-		{"| in the block of `access_log` | default | JSON | meaning |\n|---|---|---|---|\n", documented(accessLogOptions)},
-		{"| global option | default | JSON | meaning |\n|---|---|---|---|\n", documented(globalOptions)},
-	} {
-		before, after, ok := strings.Cut(readme, c.header)
-		require.True(t, ok, c.header)
-		table, after, _ := strings.Cut(after, "\n\n")
-		if *update {
-			readme = before + c.header + strings.Join(c.rows, "\n") + "\n\n" + after
-			continue
+	const arguments = "| `<address>...` after `tcp_lb` | | `backends` | backends of weight 1 |"
+	rows := documented(handlerOptions)
+	first := []string{arguments}
+	for i, o := range handlerOptions {
+		if slices.Contains(usedFirst, o.name) {
+			first = append(first, rows[i])
 		}
-		require.Equal(t, strings.Join(c.rows, "\n"), table)
 	}
+	require.Len(t, first, 1+len(usedFirst))
+	requireTable(t, "README.md", "option", first)
+	requireTable(t, "docs/options.md", "option", append([]string{arguments}, rows...))
+	requireTable(t, "docs/options.md", "in a backend's block", documented(backendOptions))
+	requireTable(t, "docs/options.md", "in the block of `access_log`", documented(accessLogOptions))
+	requireTable(t, "docs/options.md", "global option", documented(globalOptions))
+}
+
+// requireTable wants the rows under a table's header.
+func requireTable(t testing.TB, file, of string, rows []string) {
+	t.Helper()
+	want := strings.Join(rows, "\n")
+	if strings.HasPrefix(file, "docs/") {
+		want = strings.ReplaceAll(want, "](docs/", "](")
+	}
+	text, header := readFile(t, file), "| "+of+" | default | JSON | meaning |\n|---|---|---|---|\n"
+	before, after, ok := strings.Cut(text, header)
+	require.True(t, ok, header)
+	table, after, _ := strings.Cut(after, "\n\n")
 	if *update {
-		require.NoError(t, os.WriteFile("README.md", []byte(readme), 0o644))
+		require.NoError(t, os.WriteFile(file, []byte(before+header+want+"\n\n"+after), 0o644))
+		return
 	}
+	require.Equal(t, want, table)
 }
 
 // usage is how the options look in a Caddyfile, as a comment has them.

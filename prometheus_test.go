@@ -67,15 +67,14 @@ func alertRules(t testing.TB) []alertRule {
 	return file.Groups[0].Rules
 }
 
-// Every alert has a line in the README that says what to do, and a test.
+// Every alert has a line in docs/alerts.md that says what to do, and a test.
 func TestAlertsHaveRunbookAndTest(t *testing.T) {
-	readme, test := readFile(t, "README.md"), readFile(t, "prometheus/tcp_lb.rules_test.yml")
-	require.Contains(t, readme, "\n## Alerts\n")
+	runbook, test := readFile(t, "docs/alerts.md"), readFile(t, "prometheus/tcp_lb.rules_test.yml")
 	for _, r := range alertRules(t) {
 		require.Contains(t, []string{"warning", "critical"}, r.Labels["severity"], r.Alert)
 		require.NotEmpty(t, r.Annotations["summary"], r.Alert)
-		require.True(t, strings.HasSuffix(r.Annotations["runbook_url"], "#alerts"), r.Alert)
-		require.Contains(t, readme, "| `"+r.Alert+"` |", "a runbook line")
+		require.True(t, strings.HasSuffix(r.Annotations["runbook_url"], "/docs/alerts.md#alerts"), r.Alert)
+		require.Contains(t, runbook, "| `"+r.Alert+"` |", "a runbook line")
 		require.Contains(t, test, "alertname: "+r.Alert+"\n        exp_alerts:\n", "%s fires in the test", r.Alert)
 		require.Contains(t, test, "alertname: "+r.Alert+"\n        exp_alerts: []", "%s doesn't always", r.Alert)
 	}

@@ -60,7 +60,7 @@ func TestMariaDBCountsNoDialogue(t *testing.T) {
 	awaitAvailable(t, defaultName, away.address)
 
 	t.Log("dialogues that log in")
-	login := snippetWith(t, fenced(t, "docs/databases.md", ""), `health_send "\x01\x00\x00\x00\x01"`)
+	login := snippetWith(t, fenced(t, "docs/databases.md", "caddyfile"), `health_send "\x01\x00\x00\x00\x01"`)
 	reload(t, snippetConfig(t, config(login)))
 	eventuallySays(t, defaultName, away.address, "is blocked because of many connection errors")
 	s.query(t, "flush hosts")
@@ -235,7 +235,7 @@ func TestMariaDBGalera(t *testing.T) {
 
 	t.Log("asked themselves")
 	nodes[1].query(t, "set global wsrep_desync = 1")
-	dialogue := snippetWith(t, fenced(t, "docs/databases.md", ""), "wsrep_local_state")
+	dialogue := snippetWith(t, fenced(t, "docs/databases.md", "caddyfile"), "wsrep_local_state")
 	reload(t, snippetConfig(t, "{\nlayer4 {\n"+at["3306"]+" {\nroute {\ntcp_lb "+nodes[0].address+" "+nodes[1].address+" {\nname galera\nhealth_interval 50ms\nhealth_timeout 20s\n"+dialogue+"}\n}\n}\n}\n}\n"))
 	serves(nodes[0])
 	eventuallySays(t, "galera", nodes[1].address, `\astate 2`)

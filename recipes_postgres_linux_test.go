@@ -92,7 +92,7 @@ func TestPostgreSQLRolesByDialogue(t *testing.T) {
 	s.address = freeAddress(t)
 	preparePostgres(t, &s.realServer, s.as)
 	s.start(t)
-	dialogue := snippetWith(t, fenced(t, "docs/databases.md", ""), "pg_is_in_recovery")
+	dialogue := snippetWith(t, fenced(t, "docs/databases.md", "caddyfile"), "pg_is_in_recovery")
 	pools := ""
 	for _, role := range []string{"primary", "replica"} {
 		pools += freeAddress(t) + " {\nroute {\ntcp_lb " + s.address + " {\nname " + role + "\nhealth_interval 50ms\nhealth_timeout 60s\nhealth_fails 1\n" +

@@ -338,7 +338,7 @@ func TestStatusPageAmongOthers(t *testing.T) {
 // The sites of the documentation load, beside the pools that they name.
 func TestStatusDocumentation(t *testing.T) {
 	t.Setenv("OPS_PASSWORD_HASH", "$2a$04$fJAY5UB.0KOXumGHLMDRFeDVK3Vq8NhTPGO3TDxqbixGzyZxPR7yG") // of "not a secret"
-	blocks := fenced(t, "docs/status.md", "")
+	blocks := fenced(t, "docs/status.md", "caddyfile")
 	require.Len(t, blocks, 2)
 	for _, site := range blocks {
 		config, err := adapt(t, "{\n\tlayer4 {\n\t\ttcp_lb/:8080 {\n\t\t\troute {\n\t\t\t\ttcp_lb 192.0.2.1:1 {\n\t\t\t\t\tname web\n\t\t\t\t}\n\t\t\t}\n\t\t}\n\t\ttcp_lb/:8081 {\n\t\t\troute {\n\t\t\t\ttcp_lb 192.0.2.1:1 {\n\t\t\t\t\tname db\n\t\t\t\t}\n\t\t\t}\n\t\t}\n\t}\n}\n\n"+site)

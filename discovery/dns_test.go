@@ -200,9 +200,9 @@ func TestMistakesInACaddyfile(t *testing.T) {
 	}
 }
 
-// The README has a row for each option, and what is its default.
-func TestReadmeHasTheOptions(t *testing.T) {
-	text, err := os.ReadFile("../README.md")
+// docs/options.md has a row for each option, and what is its default.
+func TestOptionsAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../docs/options.md")
 	require.NoError(t, err)
 	_, table, ok := strings.Cut(string(text), "| in a block of `dynamic` | default | JSON | meaning |\n|---|---|---|---|\n")
 	require.True(t, ok)
