@@ -154,10 +154,7 @@ func (p *Page) judged(lb string) (list []judged) {
 
 // summarize says what is wrong, the worst first.
 func (d *document) summarize(process verdict, pools []judged, v View) {
-	worst, troubled := process.level, 0
-	if len(process.parts) > 0 {
-		d.Problems = append(d.Problems, problem{Level: process.level.String(), Text: process.String()})
-	}
+	worst, troubled, worse := process.level, 0, 0
 	byLevel := slices.Clone(pools)
 	slices.SortStableFunc(byLevel, func(a, b judged) int { return cmp.Compare(b.verdict.level, a.verdict.level) })
 	for _, p := range byLevel {
@@ -168,6 +165,9 @@ func (d *document) summarize(process verdict, pools []judged, v View) {
 		if p.verdict.level >= warn {
 			troubled++
 		}
+		if p.verdict.level > process.level {
+			worse++
+		}
 		if len(d.Problems) == maxProblems {
 			d.More++
 			continue
@@ -176,15 +176,18 @@ func (d *document) summarize(process verdict, pools []judged, v View) {
 			Level: p.verdict.level.String(), Pool: label(p.Name), Anchor: "#" + p.anchor(), Text: p.verdict.String(),
 		})
 	}
+	if len(process.parts) > 0 {
+		d.Problems = slices.Insert(d.Problems, min(worse, len(d.Problems)), problem{Level: process.level.String(), Text: process.String()})
+	}
 	d.Level, d.Icon = worst.String(), icons[worst]
 	d.Headline = headline(worst, process.level, troubled, len(pools))
 	switch {
 	case troubled == 1 && process.level < warn:
-		d.Headline = label(byLevel[0].Name) + ": " + byLevel[0].verdict.parts[0]
+		d.Headline = label(byLevel[0].Name) + ": " + byLevel[0].verdict.parts[0].text
 		if len(d.Problems) == 1 { // and the rest of it follows
 			d.Problems = nil
 			for _, part := range byLevel[0].verdict.parts[1:] {
-				d.Problems = append(d.Problems, problem{Level: note.String(), Text: part})
+				d.Problems = append(d.Problems, problem{Level: part.level.String(), Text: part.text})
 			}
 		}
 	case len(pools) == 1 && worst < warn && byLevel[0].Configured:

@@ -2,6 +2,7 @@ package statuspage
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -20,18 +21,34 @@ var levelNames = [...]string{well: "well", note: "note", warn: "warn", bad: "bad
 
 func (l level) String() string { return levelNames[l] }
 
-// verdict is what is wrong, in words; no words if nothing is.
+// verdict is what is wrong, in words and the worst first; no words if nothing is.
 type verdict struct {
-	level level
-	parts []string
+	level level // of the worst
+	parts []complaint
 }
 
+type complaint struct {
+	level level
+	text  string
+}
+
+// add puts a complaint behind those that are as bad.
 func (v *verdict) add(l level, format string, args ...any) {
 	v.level = max(v.level, l)
-	v.parts = append(v.parts, fmt.Sprintf(format, args...))
+	at := len(v.parts)
+	for at > 0 && v.parts[at-1].level < l {
+		at--
+	}
+	v.parts = slices.Insert(v.parts, at, complaint{l, fmt.Sprintf(format, args...)})
 }
 
-func (v *verdict) String() string { return strings.Join(v.parts, "; ") }
+func (v *verdict) String() string {
+	var texts []string
+	for _, p := range v.parts {
+		texts = append(texts, p.text)
+	}
+	return strings.Join(texts, "; ")
+}
 
 // nearLimit is from which share of a limit on that is told of.
 const nearLimit = 0.9

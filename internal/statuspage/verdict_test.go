@@ -48,7 +48,14 @@ func TestVerdicts(t *testing.T) {
 		"waiting":         {with(two(), func(p *Pool) { p.Waiting = 1 }), warn, "1 client waits for a backend"},
 		"near its limit":  {with(two(), func(p *Pool) { p.Connections = 4500 }), warn, "4,500 of at most 5,000 connections"},
 		"below that":      {with(two(), func(p *Pool) { p.Connections = 4499 }), well, ""},
-		"at its limit":    {with(two(), func(p *Pool) { p.Connections = 5000 }), bad, "at its limit of 5,000 connections"},
+		"limit before down": {
+			with(two(down), func(p *Pool) { p.Connections = 5000 }), bad, "at its limit of 5,000 connections; 1 of 2 down (10.0.0.1:80)",
+		},
+		"wanted comes last": {
+			with(two(set(func(b *Backend) { b.State = "drain" })), func(p *Pool) { p.Refused = []Refusal{{Reason: "no_backend", Recent: 1, Total: 1}} }),
+			warn, "1 client turned away in the last 20m (no_backend); 1 of 2 drained by hand (10.0.0.1:80)",
+		},
+		"at its limit": {with(two(), func(p *Pool) { p.Connections = 5000 }), bad, "at its limit of 5,000 connections"},
 		"refusals": {
 			with(two(), func(p *Pool) {
 				p.Refused = []Refusal{{Reason: "no_backend", Recent: 3, Total: 9}, {Reason: "max_connections", Recent: 1, Total: 1}, {Reason: "client_closed", Recent: 7, Total: 7, ByClient: true}, {Reason: "error", Total: 5}}
@@ -104,6 +111,25 @@ func TestHeadlines(t *testing.T) {
 	require.Equal(t, "orders: no backend available since 14:02:20 (8m10s)", d.Headline)
 	require.Equal(t, "1,412 clients turned away since", d.Problems[0].Text, "the rest of it follows")
 	require.Equal(t, "bad", d.Level)
+}
+
+// What is red comes first, be it a pool's or the process's, and what follows the
+// headline has its own color.
+func TestWorstIsFirst(t *testing.T) {
+	full := page(pool("web", backend("a:1", down), backend("b:1")))
+	full.Pools[0].Connections = full.Pools[0].MaxConnections
+	d := full.document(View{})
+	require.Equal(t, "web: at its limit of 5,000 connections", d.Headline)
+	require.Equal(t, []problem{{Level: "warn", Text: "1 of 2 down (a:1)"}}, d.Problems)
+
+	full.Pools = append(full.Pools, pool("amber", backend("a:1", down), backend("b:1")))
+	full.Exiting = true
+	d = full.document(View{})
+	require.Len(t, d.Problems, 3)
+	require.Equal(t, []string{"web", "", "amber"}, []string{d.Problems[0].Pool, d.Problems[1].Pool, d.Problems[2].Pool})
+	full.Files = full.MaxFiles
+	d = full.document(View{})
+	require.Equal(t, problem{Level: "bad", Text: "all 260,000 files that connections may use are in use: raise the limit of open files; the process is ending"}, d.Problems[0])
 }
 
 // A name is no part of a command but a word of it.
