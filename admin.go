@@ -60,7 +60,7 @@ type backendStatus struct {
 	ReceivedBytes    uint64     `json:"received_bytes"`          // from clients
 	SentBytes        uint64     `json:"sent_bytes"`              // to clients
 	LastCheck        *time.Time `json:"last_check"`              // null = none yet
-	LastError        string     `json:"last_error"`              // of the last probe or connect; empty once a probe succeeded and while names resolve
+	LastError        string     `json:"last_error"`              // of the last probe or connect; empty once a probe succeeded, or a connect without checks, and while names resolve
 	LastConnect      *time.Time `json:"last_connect"`            // for a client; null = none yet
 	EjectedUntil     *time.Time `json:"ejected_until,omitempty"` // since clients' connections failed; nil = it is not
 	LastConnectError string     `json:"last_connect_error"`      // empty = it worked

@@ -77,6 +77,59 @@ func TestUncheckedUntilTheFirstProbe(t *testing.T) {
 	})
 }
 
+// Without checks it is the next connect that tells that an error is over; no page
+// calls it a check's.
+func TestConnectErrorWithoutChecks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNet()
+		g, _ := testGeneration(t, f, func(h *Handler) {
+			h.Backends = backendList(one)
+			checksOff(h)
+		})
+		g.start()
+		b := g.members()[0].Backend
+		f.fail(one, errRefused)
+		_, err := connect(g)
+		require.Error(t, err)
+		require.Equal(t, "refused", b.status("").LastError)
+		require.Empty(t, b.pageStatus(true).CheckError)
+		require.Equal(t, "refused", b.pageStatus(true).ConnectError)
+		f.fail(one, nil)
+		l, err := connect(g)
+		require.NoError(t, err)
+		l.release()
+		require.Empty(t, b.status("").LastError, "it worked")
+		require.Empty(t, b.status("").LastConnectError)
+	})
+}
+
+// What this side lacks says nothing of a backend: neither that it refuses, nor that
+// it no longer does.
+func TestScarcityIsNoConnectOfTheBackend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNet()
+		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one) })
+		g.start()
+		synctest.Wait()
+		b := g.members()[0].Backend
+		require.True(t, b.isChecked())
+		f.fail(one, shortageErrnos[0])
+		_, err := connect(g)
+		require.Error(t, err)
+		require.Nil(t, b.status("").LastConnect)
+		require.Empty(t, b.status("").LastConnectError)
+		require.NotEmpty(t, b.status("").LastError, "but it is told")
+		require.EqualValues(t, 1, b.stats.dialErrors())
+
+		// A check that can't be made is not one that failed, but says why there is none.
+		b.forgetChecks()
+		b.checking.Load().judged.Store(false)
+		time.Sleep(time.Minute)
+		require.Equal(t, "unchecked", b.health())
+		require.NotEmpty(t, b.pageStatus(true).CheckError)
+	})
+}
+
 // poolSummaries is what GET /tcp_lb/pools answers.
 func poolSummaries(t testing.TB) map[string]poolSummary {
 	t.Helper()

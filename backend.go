@@ -41,6 +41,7 @@ type Backend struct {
 	lastCheck atomic.Int64 // Unix nanoseconds of the last finished probe; 0 = none yet
 	lastError atomic.Pointer[string]
 
+	// A connect that failed by a fault on this side is none of these.
 	lastConnect      atomic.Int64           // Unix nanoseconds of the last connect for a client; 0 = none yet
 	lastConnectError atomic.Pointer[string] // nil = it worked
 
@@ -327,6 +328,9 @@ func (b *Backend) setConnect(at time.Time, err error) {
 	b.lastConnect.Store(at.UnixNano())
 	if err == nil {
 		b.lastConnectError.Store(nil)
+		if b.checking.Load() == nil { // no check will tell of it
+			b.lastError.Store(nil)
+		}
 		return
 	}
 	msg := oneLine(err)

@@ -225,9 +225,10 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 		}
 		return nil, took, p.cause()
 	}
-	b.setConnect(began.Add(took), err)
 	if err != nil {
-		b.noteFailure(err)
+		b.noteFailure(began.Add(took), err)
+	} else {
+		b.setConnect(began.Add(took), nil)
 	}
 	return conn, took, err
 }
@@ -251,12 +252,13 @@ func (r *Request) parties() parties {
 	return who
 }
 
-// noteFailure counts a connect that failed, and has the backend checked unless
-// the fault was on this side.
-func (b *Backend) noteFailure(err error) {
+// noteFailure counts a connect that failed. Unless the fault was on this side it is
+// noted, and the backend is checked.
+func (b *Backend) noteFailure(at time.Time, err error) {
 	b.stats.errors[classify(err)].Add(1)
 	b.setError(err)
 	if !isScarcity(err) {
+		b.setConnect(at, err)
 		b.checkSoon()
 		b.failed(oneLine(err))
 	}

@@ -79,17 +79,30 @@ func (b *Backend) pageStatus(configured bool) statuspage.Backend {
 	h := b.byHand()
 	s := statuspage.Backend{
 		Address: b.address, Source: a.Source, Configured: configured, Available: b.Available(), Backup: a.Backup,
-		Health: a.Health, HealthSince: timeOf(b.stats.turnedAt.Load()), Checked: timeOf(b.lastCheck.Load()), CheckError: a.LastError,
+		Health: a.Health, HealthSince: timeOf(b.stats.turnedAt.Load()), Checked: timeOf(b.lastCheck.Load()), CheckError: b.checkError(a),
 		State: a.State, StateSince: h.since, EjectedUntil: timeOf(b.ejected.Load()),
 		Weight: a.Weight, EffectiveWeight: a.EffectiveWeight,
 		Open: int64(a.Active), Connecting: int64(a.Connecting), MaxConnections: a.MaxConnections,
 		Total: statuspage.Traffic{Connections: a.ConnectionsTotal, Errors: a.ErrorsTotal, Received: a.ReceivedBytes, Sent: a.SentBytes},
 		Pace:  recent.paceOf(b), ConnectError: a.LastConnectError, ConnectAt: timeOf(b.lastConnect.Load()),
 	}
+	if s.CheckError == "" {
+		s.NameError = b.target.name.troubled()
+	}
 	if a.Active > 0 {
 		s.DrainUntil = b.drainsUntil()
 	}
 	return s
+}
+
+// checkError returns what the last check found wrong, or what keeps checks from
+// finding out anything.
+func (b *Backend) checkError(a backendStatus) string {
+	text := textOf(&b.lastError)
+	if b.isChecked() || b.checking.Load() != nil && text != a.LastConnectError {
+		return text
+	}
+	return ""
 }
 
 // drainsUntil returns when the connections are cut; zero while they are not drained.

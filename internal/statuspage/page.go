@@ -81,6 +81,7 @@ type Backend struct {
 	HealthSince time.Time // zero = it has never changed
 	Checked     time.Time // zero = it has not been
 	CheckError  string
+	NameError   string // of lookups, while old addresses serve
 
 	State           string    // by hand: ready, drain or maint
 	StateSince      time.Time // of one other than ready

@@ -242,7 +242,7 @@ func (d *document) addPools(p *Page, pools []judged, v View) {
 	for _, pool := range shown {
 		d.Sections = append(d.Sections, pool.section(p, v, len(pools) == 1))
 	}
-	d.Commands = commands(shown)
+	d.Commands = commands(shown, p.At)
 }
 
 func (d *document) linkProblem(pool judged) {
@@ -255,12 +255,12 @@ func (d *document) linkProblem(pool judged) {
 }
 
 // commands are those to go on with, for the first backend that is in trouble.
-func commands(pools []judged) []string {
+func commands(pools []judged, at time.Time) []string {
 	var of *Backend
 	lb := ""
 	for _, p := range pools {
 		for i := range p.Backends {
-			if b := &p.Backends[i]; b.Configured && (of == nil || b.level() > of.level()) {
+			if b := &p.Backends[i]; b.Configured && (of == nil || b.level(at) > of.level(at)) {
 				of, lb = b, p.Name
 			}
 		}

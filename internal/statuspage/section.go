@@ -95,7 +95,7 @@ func (p judged) section(page *Page, v View, alone bool) section {
 	if len(p.History) == 0 {
 		s.Charts = nil
 	}
-	list, hidden, wellOnly := p.shown(v, alone)
+	list, hidden, wellOnly := p.shown(v, alone, page.At)
 	for _, b := range list {
 		s.Rows = append(s.Rows, b.row(page.At))
 	}
@@ -177,7 +177,7 @@ func columns(v View) []column {
 
 func (b *Backend) row(at time.Time) row {
 	r := row{
-		Level: b.level().String(), Address: label(b.Address), Tags: b.tags(at),
+		Level: b.level(at).String(), Address: label(b.Address), Tags: b.tags(at),
 		Health: b.Health, HealthLevel: b.healthLevel(), Troubles: b.troubles(at),
 		State: b.stateText(), Weight: weight(b.EffectiveWeight), Open: newGauge(b.Open, b.MaxConnections),
 		New: "–", In: "–", Out: "–", Failed: amount(b.Total.Errors), Checked: "never",
@@ -256,6 +256,9 @@ func (b *Backend) troubles(at time.Time) (list []string) {
 	check, connect := text(b.brief(b.CheckError)), text(b.brief(b.ConnectError))
 	if check != "" {
 		list = append(list, "check: "+check)
+	}
+	if b.NameError != "" {
+		list = append(list, "name: "+text(b.NameError))
 	}
 	if connect != "" && connect != check {
 		list = append(list, "connect "+age(at, b.ConnectAt)+" ago: "+connect)

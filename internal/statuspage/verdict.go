@@ -83,7 +83,7 @@ func (p *Pool) verdict(at time.Time, window time.Duration) (v verdict) {
 	if p.Waiting > 0 {
 		v.add(warn, "%s for a backend", plural(uint64(p.Waiting), "client waits", "clients wait"))
 	}
-	p.judgeBackends(&v)
+	p.judgeBackends(&v, at)
 	for _, s := range p.Sources {
 		if s.Error != "" {
 			v.add(warn, "source %s fails%s: %s", label(s.Name), since(at, s.Failing), text(s.Error))
@@ -118,19 +118,25 @@ func (p *Pool) judgeAvailability(v *verdict, at time.Time) {
 	p.judge(v, warn, all, "down", func(b *Backend) bool { return b.Configured && b.Health == "down" && b.State != "maint" })
 }
 
-func (p *Pool) judgeBackends(v *verdict) {
+func (p *Pool) judgeBackends(v *verdict, at time.Time) {
 	_, all := p.configured()
 	p.judge(v, warn, all, "out for a while since clients' connections failed", func(b *Backend) bool { return !b.EjectedUntil.IsZero() })
-	p.judge(v, warn, all, "refusing connects that checks say should work", (*Backend).refuses)
+	p.judge(v, warn, all, "refusing connects that checks say should work", func(b *Backend) bool { return b.refuses(at) })
 	p.judge(v, warn, all, "full", func(b *Backend) bool { return b.Configured && b.full() })
 	p.judge(v, note, all, "in maintenance", func(b *Backend) bool { return b.Configured && b.State == "maint" })
 	p.judge(v, note, all, "drained by hand", func(b *Backend) bool { return b.Configured && b.State == "drain" })
 	p.judge(v, note, 0, "leaving, with connections that are drained", func(b *Backend) bool { return !b.Configured })
 }
 
-// refuses reports whether connects for clients fail of a backend that is not down.
-func (b *Backend) refuses() bool {
-	return b.Configured && b.ConnectError != "" && b.Health != "down" && !b.isSetAside() && b.EjectedUntil.IsZero()
+// freshConnect is for how long a failed connect says something of a backend. One
+// that is rarely asked, such as a backup, may get no other for days.
+const freshConnect = time.Minute
+
+// refuses reports whether connects for clients fail of a backend that checks have
+// found up.
+func (b *Backend) refuses(at time.Time) bool {
+	return b.Configured && b.Health == "up" && !b.isSetAside() && b.EjectedUntil.IsZero() &&
+		b.ConnectError != "" && b.ConnectAt.After(b.HealthSince) && at.Sub(b.ConnectAt) < freshConnect
 }
 
 // maxNamed is how many backends are named in a sentence.
@@ -177,7 +183,7 @@ func (p *Pool) judgeRefusals(v *verdict, window time.Duration) {
 }
 
 // level is how bad a backend is off.
-func (b *Backend) level() level {
+func (b *Backend) level(at time.Time) level {
 	switch {
 	case !b.Configured:
 		return note
@@ -185,7 +191,7 @@ func (b *Backend) level() level {
 		return note
 	case b.Health == "down":
 		return bad
-	case !b.EjectedUntil.IsZero(), b.refuses(), b.full(), b.CheckError != "":
+	case !b.EjectedUntil.IsZero(), b.refuses(at), b.full(), b.CheckError != "", b.NameError != "":
 		return warn
 	case b.isSetAside(), b.Weight == 0, !b.Available:
 		return note

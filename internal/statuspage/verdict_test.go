@@ -16,6 +16,9 @@ func TestVerdicts(t *testing.T) {
 		return p
 	}
 	set := func(change func(*Backend)) func(*Backend) { return change }
+	failed := func(before time.Duration) func(*Backend) {
+		return func(b *Backend) { b.ConnectError, b.ConnectAt = "refused", ago(before) }
+	}
 	for name, c := range map[string]struct {
 		pool  Pool
 		level level
@@ -40,7 +43,11 @@ func TestVerdicts(t *testing.T) {
 		"backups":         {pool("web", backend("a:80", down), backend("b:80", set(func(b *Backend) { b.Backup = true }))), warn, "only backups serve; 1 of 2 down (a:80)"},
 		"all are backups": {pool("web", backend("b:80", set(func(b *Backend) { b.Backup = true }))), well, ""},
 		"out":             {two(set(func(b *Backend) { b.EjectedUntil, b.Available = noon, false })), warn, "1 of 2 out for a while since clients' connections failed (10.0.0.1:80)"},
-		"refusing":        {two(set(func(b *Backend) { b.ConnectError = "refused" })), warn, "1 of 2 refusing connects that checks say should work (10.0.0.1:80)"},
+		"refusing":        {two(failed(59 * time.Second)), warn, "1 of 2 refusing connects that checks say should work (10.0.0.1:80)"},
+		"refused once":    {two(failed(time.Minute)), well, ""},
+		"never turned":    {two(failed(time.Second), set(func(b *Backend) { b.HealthSince = time.Time{} })), warn, "1 of 2 refusing connects that checks say should work (10.0.0.1:80)"},
+		"back since":      {two(failed(10*time.Second), set(func(b *Backend) { b.HealthSince = ago(9 * time.Second) })), well, ""},
+		"without checks":  {two(failed(time.Second), set(func(b *Backend) { b.Health, b.Checked = "unchecked", time.Time{} })), well, ""},
 		"full":            {two(set(func(b *Backend) { b.MaxConnections, b.Open, b.Connecting = 10, 9, 1 })), warn, "1 of 2 full (10.0.0.1:80)"},
 		"drained":         {two(set(func(b *Backend) { b.State = "drain" })), note, "1 of 2 drained by hand (10.0.0.1:80)"},
 		"maintained":      {two(down, set(func(b *Backend) { b.State = "maint" })), note, "1 of 2 in maintenance (10.0.0.1:80)"},
@@ -157,4 +164,15 @@ func TestNumbersForPeople(t *testing.T) {
 	for d, want := range map[time.Duration]string{-time.Second: "0s", 900 * time.Millisecond: "0s", 3900 * time.Millisecond: "3s", 90 * time.Second: "1m30s"} {
 		require.Equal(t, want, age(noon, noon.Add(-d)))
 	}
+}
+
+// A row is amber for as long as the verdict says why.
+func TestFailedConnectExpires(t *testing.T) {
+	b := backend("a:1", func(b *Backend) { b.ConnectError, b.ConnectAt = "refused", ago(30*time.Second) })
+	require.Equal(t, warn, b.level(noon))
+	require.Equal(t, well, b.level(noon.Add(30*time.Second)))
+	require.Equal(t, []string{"connect 30s ago: refused"}, b.troubles(noon), "it says when")
+	b.NameError = "lookup a: i/o timeout; using its addresses of noon"
+	require.Equal(t, warn, b.level(noon.Add(30*time.Second)))
+	require.Equal(t, "name: "+b.NameError, b.troubles(noon)[0])
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/url"
 	"slices"
+	"time"
 )
 
 // View is what a reader has chosen to see. Its zero value is all pools, troubles
@@ -98,7 +99,7 @@ const (
 )
 
 // sorted returns the backends in the view's order.
-func (p *Pool) sorted(v View) []*Backend {
+func (p *Pool) sorted(v View, at time.Time) []*Backend {
 	list := make([]*Backend, len(p.Backends))
 	for i := range p.Backends {
 		list[i] = &p.Backends[i]
@@ -106,15 +107,15 @@ func (p *Pool) sorted(v View) []*Backend {
 	if order := orders[v.Sort]; order != nil {
 		slices.SortStableFunc(list, order)
 	} else {
-		slices.SortStableFunc(list, func(a, b *Backend) int { return cmp.Compare(b.level(), a.level()) })
+		slices.SortStableFunc(list, func(a, b *Backend) int { return cmp.Compare(b.level(at), a.level(at)) })
 	}
 	return list
 }
 
 // shown returns the backends to show, of a pool that is alone on the page or not,
 // and how many are left out; wellOnly is whether all of those are well.
-func (p *Pool) shown(v View, alone bool) (list []*Backend, hidden int, wellOnly bool) {
-	list = p.sorted(v)
+func (p *Pool) shown(v View, alone bool, at time.Time) (list []*Backend, hidden int, wellOnly bool) {
+	list = p.sorted(v, at)
 	if len(list) <= fewBackends {
 		return list, 0, false
 	}
@@ -123,7 +124,7 @@ func (p *Pool) shown(v View, alone bool) (list []*Backend, hidden int, wellOnly 
 		limit = maxBackends
 	}
 	if v.Sort == "" && !v.All {
-		troubled := slices.IndexFunc(list, func(b *Backend) bool { return b.level() == well })
+		troubled := slices.IndexFunc(list, func(b *Backend) bool { return b.level(at) == well })
 		if troubled >= 0 && troubled <= limit {
 			return list[:troubled], len(list) - troubled, true
 		}

@@ -41,7 +41,7 @@ func TestOrders(t *testing.T) {
 		"": {"b:1", "a:1", "c:1"}, "address": {"a:1", "b:1", "c:1"}, "open": {"a:1", "b:1", "c:1"}, "weight": {"c:1", "a:1", "b:1"},
 		"failed": {"c:1", "a:1", "b:1"}, "checked": {"a:1", "b:1", "c:1"}, "state": {"a:1", "c:1", "b:1"}, "new": {"a:1", "c:1", "b:1"}, "traffic": {"b:1", "c:1", "a:1"},
 	} {
-		require.Equal(t, want, addresses(p.sorted(View{Sort: order})), order)
+		require.Equal(t, want, addresses(p.sorted(View{Sort: order}, noon)), order)
 	}
 	require.Len(t, orders, 8, "each is above")
 	require.Equal(t, "c:1", p.Backends[0].Address, "the page's own order is as it was")
