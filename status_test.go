@@ -347,3 +347,44 @@ func TestStatusDocumentation(t *testing.T) {
 		require.NoError(t, validate(t, config))
 	}
 }
+
+// The pages of the quick start and of the container stack are there by the names of
+// this machine alone: by one that a hostile site has for it, its script could read
+// them. Metrics and health are there for all.
+func TestPageIsThereByItsNamesOnly(t *testing.T) {
+	for _, file := range []string{"examples/quickstart/Caddyfile", "docker/balancer/Caddyfile"} {
+		t.Run(file, func(t *testing.T) {
+			const site = "http://:9090 {\n"
+			text := readFile(t, file)
+			require.Contains(t, text, site)
+			web := freeAddress(t)
+			start := "{\n\tadmin off\n\tpersist_config off\n}\nhttp://:" + portOf(web) + " {\n"
+			text = start + strings.TrimPrefix(text[strings.Index(text, site):], site)
+			if !strings.Contains(text, "bind 127.0.0.1") {
+				text = strings.Replace(text, start, start+"\tbind 127.0.0.1\n", 1)
+			}
+			config, err := adapt(t, text)
+			require.NoError(t, err)
+			runCaddy(t, config)
+			get := func(host, path string) string {
+				r, err := http.NewRequest(http.MethodGet, "http://"+web+path, nil)
+				require.NoError(t, err)
+				r.Host = host
+				resp, err := (&http.Client{Timeout: hangTimeout, Transport: &http.Transport{DisableKeepAlives: true}}).Do(r)
+				require.NoError(t, err)
+				defer resp.Body.Close()
+				body, err := io.ReadAll(resp.Body)
+				require.NoError(t, err)
+				return string(body)
+			}
+			for host, ours := range map[string]bool{
+				"localhost": true, "localhost:9090": true, "LocalHost:9090": true, "127.0.0.1": true, "127.0.0.1:9090": true,
+				"hostile.example": false, "hostile.example:9090": false, "127.0.0.1.hostile.example": false, "localhost.hostile.example:9090": false, "balancer:9090": false,
+			} {
+				require.Equal(t, ours, strings.Contains(get(host, "/"), "<h1>tcp_lb"), host)
+				require.True(t, strings.Contains(get(host, "/metrics"), "tcp_lb_max_open_files"), host)
+				require.Contains(t, get(host, "/health"), `"pools"`, host)
+			}
+		})
+	}
+}
