@@ -30,6 +30,8 @@ type recorder struct {
 	rounds   int
 	pools    map[string]*poolHistory
 	backends map[*Backend]*pace
+
+	entrances entranceHistory
 }
 
 // poolHistory is a ring of moments.
@@ -78,6 +80,7 @@ func (r *recorder) begin() {
 	}
 	r.stop, r.done = make(chan struct{}), make(chan struct{})
 	r.pools, r.backends = make(map[string]*poolHistory), make(map[*Backend]*pace)
+	r.entrances = entranceHistory{}
 	// Owned by the recorder; the last end stops it and waits for it.
 	go r.run(r.stop, r.done)
 }
@@ -90,6 +93,7 @@ func (r *recorder) end() {
 	if last {
 		close(r.stop)
 		r.pools, r.backends = nil, nil
+		r.entrances = entranceHistory{}
 	}
 	r.mu.Unlock()
 	if last {
@@ -120,6 +124,7 @@ func (r *recorder) record(stop <-chan struct{}) {
 		return
 	}
 	r.rounds++
+	r.entrances.update(countEntrances(), time.Now())
 	for _, c := range counts {
 		h := r.pools[c.name]
 		if h == nil || h.of != c.of { // another pool of that name counts from 0

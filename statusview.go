@@ -20,7 +20,8 @@ func statusPage(names []string, every time.Duration) *statuspage.Page {
 	now := time.Now()
 	p := &statuspage.Page{
 		Host: thisHost, At: now, Started: processStarted, Loaded: recent.lastLoad(), Every: every, Window: historyWindow,
-		Exiting: caddy.Exiting(), Files: files.Process.Used(), MaxFiles: files.Process.Limit(),
+		TurnedAway: recent.turnedAway(now),
+		Exiting:    caddy.Exiting(), Files: files.Process.Used(), MaxFiles: files.Process.Limit(),
 	}
 	for _, v := range registry.snapshot() {
 		if len(names) == 0 || slices.Contains(names, v.name) {

@@ -17,6 +17,8 @@ type Page struct {
 
 	Files, MaxFiles int64
 
+	TurnedAway []Refusal // by the listeners, before they came to a pool
+
 	Pools []Pool // by name
 }
 

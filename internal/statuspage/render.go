@@ -54,9 +54,10 @@ type document struct {
 	Up      string
 	Loaded  string
 	Files   gauge
-	Refresh int    // seconds; 0 = never
-	Every   string // what it would be if it were not paused; empty = never
-	Pause   string // links
+	Turned  []string // by the listeners
+	Refresh int      // seconds; 0 = never
+	Every   string   // what it would be if it were not paused; empty = never
+	Pause   string   // links
 	Resume  string
 
 	Level    string
@@ -121,6 +122,9 @@ func (p *Page) document(v View) *document {
 		Files: newGauge(p.Files, p.MaxFiles),
 		Pause: v.paused(true).link(), Resume: v.paused(false).link(),
 	}
+	for _, r := range p.TurnedAway {
+		d.Turned = append(d.Turned, r.Reason+": "+amount(r.Recent)+" in "+minutes(p.Window)+", "+amount(r.Total)+" in all")
+	}
 	if !p.Loaded.IsZero() {
 		d.Loaded = age(p.At, p.Loaded)
 	}
@@ -183,15 +187,22 @@ func (d *document) summarize(process verdict, pools []judged, v View) {
 	d.Headline = headline(worst, process.level, troubled, len(pools))
 	switch {
 	case troubled == 1 && process.level < warn:
-		d.Headline = label(byLevel[0].Name) + ": " + byLevel[0].verdict.parts[0].text
-		if len(d.Problems) == 1 { // and the rest of it follows
-			d.Problems = nil
-			for _, part := range byLevel[0].verdict.parts[1:] {
-				d.Problems = append(d.Problems, problem{Level: part.level.String(), Text: part.text})
-			}
-		}
+		d.headlineOf(label(byLevel[0].Name), byLevel[0].verdict)
+	case troubled == 0 && process.level >= warn && len(pools) > 0:
+		d.headlineOf("The process", process)
 	case len(pools) == 1 && worst < warn && byLevel[0].Configured:
 		d.Headline += ": " + byLevel[0].availability() + " backends available"
+	}
+}
+
+// headlineOf makes the worst of the one that is in trouble the headline.
+func (d *document) headlineOf(name string, v verdict) {
+	d.Headline = name + ": " + v.parts[0].text
+	if len(d.Problems) == 1 { // and the rest of it follows
+		d.Problems = nil
+		for _, part := range v.parts[1:] {
+			d.Problems = append(d.Problems, problem{Level: part.level.String(), Text: part.text})
+		}
 	}
 }
 
@@ -203,8 +214,6 @@ func headline(worst, process level, troubled, pools int) string {
 		return "The pool is well"
 	case worst < warn:
 		return fmt.Sprintf("All %d pools are well", pools)
-	case troubled == 0:
-		return "The process is in trouble"
 	case process >= warn:
 		return fmt.Sprintf("Trouble with the process, and with %d of %s", troubled, plural(uint64(pools), "pool", "pools"))
 	}

@@ -64,6 +64,7 @@ func (p *Page) process() (v verdict) {
 	case p.MaxFiles > 0 && used >= nearLimit*float64(p.MaxFiles):
 		v.add(warn, "%s of the %s files that connections may use are in use", amount(uint64(p.Files)), amount(uint64(p.MaxFiles)))
 	}
+	judgeRefusals(&v, p.TurnedAway, "before they came to a pool, ", p.Window)
 	return v
 }
 
@@ -90,7 +91,7 @@ func (p *Pool) verdict(at time.Time, window time.Duration) (v verdict) {
 		}
 	}
 	if p.Outage == nil || p.Outage.Wanted {
-		p.judgeRefusals(&v, window)
+		judgeRefusals(&v, p.Refused, "", window)
 	}
 	return v
 }
@@ -166,19 +167,21 @@ func (p *Pool) judge(v *verdict, l level, of int, what string, is func(*Backend)
 	}
 }
 
-func (p *Pool) judgeRefusals(v *verdict, window time.Duration) {
+// judgeRefusals tells of clients who were turned away lately; where is a word on
+// that, with a comma behind it, or empty.
+func judgeRefusals(v *verdict, list []Refusal, where string, window time.Duration) {
 	var (
 		n       uint64
 		reasons []string
 	)
-	for _, r := range p.Refused {
+	for _, r := range list {
 		if r.Recent > 0 && !r.ByClient {
 			n += r.Recent
 			reasons = append(reasons, r.Reason)
 		}
 	}
 	if n > 0 {
-		v.add(warn, "%s turned away in the last %s (%s)", plural(n, "client", "clients"), minutes(window), strings.Join(reasons, ", "))
+		v.add(warn, "%s turned away %sin the last %s (%s)", plural(n, "client", "clients"), where, minutes(window), strings.Join(reasons, ", "))
 	}
 }
 

@@ -87,15 +87,26 @@ func TestVerdicts(t *testing.T) {
 }
 
 func TestProcessVerdict(t *testing.T) {
+	turned := []Refusal{{Reason: "files_short", Recent: 1, Total: 1}, {Reason: "handshake_timeout", Recent: 2, Total: 5}, {Reason: "max_connections", Total: 7}}
 	for want, p := range map[string]Page{
-		"": {Files: 89, MaxFiles: 100},
-		"900 of the 1,000 files that connections may use are in use":                         {Files: 900, MaxFiles: 1000},
-		"all 1,000 files that connections may use are in use: raise the limit of open files": {Files: 1000, MaxFiles: 1000},
+		"": {Files: 89, MaxFiles: 100, TurnedAway: turned[2:]},
+		"3 clients turned away before they came to a pool, in the last 20m (files_short, handshake_timeout)": {TurnedAway: turned, Window: 20 * time.Minute},
+		"900 of the 1,000 files that connections may use are in use":                                         {Files: 900, MaxFiles: 1000},
+		"all 1,000 files that connections may use are in use: raise the limit of open files":                 {Files: 1000, MaxFiles: 1000},
 		"the process is ending": {Exiting: true},
 	} {
 		v := p.process()
 		require.Equal(t, want, v.String())
 	}
+	p := quiet()
+	p.TurnedAway = turned
+	d := p.document(View{})
+	require.Equal(t, "warn", d.Level)
+	require.Equal(t, "The process: 3 clients turned away before they came to a pool, in the last 20m (files_short, handshake_timeout)", d.Headline)
+	require.Empty(t, d.Problems, "that is all")
+	html, err := p.Render(View{})
+	require.NoError(t, err)
+	require.Contains(t, string(html), "<p>Turned away by listeners: <bdi>files_short: 1 in 20m, 1 in all</bdi> · <bdi>handshake_timeout: 2 in 20m, 5 in all</bdi>")
 }
 
 func TestHeadlines(t *testing.T) {
@@ -104,13 +115,13 @@ func TestHeadlines(t *testing.T) {
 	both := troubled()
 	both.Exiting = true
 	for want, p := range map[string]*Page{
-		"The pool is well: 2 of 2 backends available":     quiet(),
-		"All 2 pools are well":                            page(pool("a", backend("a:1")), pool("b", backend("a:1"))),
-		"There is no pool":                                page(),
-		"web: 10 of 1,000 down":                           many(1000),
-		"Trouble with 2 of 4 pools":                       troubled(),
-		"The process is in trouble":                       busy,
-		"Trouble with the process, and with 2 of 4 pools": both,
+		"The pool is well: 2 of 2 backends available": quiet(),
+		"All 2 pools are well":                        page(pool("a", backend("a:1")), pool("b", backend("a:1"))),
+		"There is no pool":                            page(),
+		"web: 10 of 1,000 down":                       many(1000),
+		"Trouble with 2 of 4 pools":                   troubled(),
+		"The process: all 260,000 files that connections may use are in use: raise the limit of open files": busy,
+		"Trouble with the process, and with 2 of 4 pools":                                                   both,
 	} {
 		require.Equal(t, want, p.document(View{}).Headline)
 	}
