@@ -6,6 +6,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
@@ -81,6 +82,12 @@ func TestHistory(t *testing.T) {
 		require.Zero(t, list[0].New)
 		r.end()
 	})
+}
+
+// What docs/status.md says of its size.
+func TestHistoryIsSmall(t *testing.T) {
+	require.LessOrEqual(t, uintptr(historyLength)*unsafe.Sizeof(historyMoment{}), uintptr(29_000))
+	require.LessOrEqual(t, unsafe.Sizeof(pace{}), uintptr(120))
 }
 
 // A pool is remembered for as long as its history goes back, and one that comes back

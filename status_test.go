@@ -339,7 +339,7 @@ func TestStatusPageAmongOthers(t *testing.T) {
 func TestStatusDocumentation(t *testing.T) {
 	t.Setenv("OPS_PASSWORD_HASH", "$2a$04$fJAY5UB.0KOXumGHLMDRFeDVK3Vq8NhTPGO3TDxqbixGzyZxPR7yG") // of "not a secret"
 	blocks := fenced(t, "docs/status.md", "caddyfile")
-	require.Len(t, blocks, 2)
+	require.Len(t, blocks, 3)
 	for _, site := range blocks {
 		config, err := adapt(t, "{\n\tlayer4 {\n\t\ttcp_lb/:8080 {\n\t\t\troute {\n\t\t\t\ttcp_lb 192.0.2.1:1 {\n\t\t\t\t\tname web\n\t\t\t\t}\n\t\t\t}\n\t\t}\n\t\ttcp_lb/:8081 {\n\t\t\troute {\n\t\t\t\ttcp_lb 192.0.2.1:1 {\n\t\t\t\t\tname db\n\t\t\t\t}\n\t\t\t}\n\t\t}\n\t}\n}\n\n"+site)
 		require.NoError(t, err)
@@ -358,7 +358,7 @@ func TestPageIsThereByItsNamesOnly(t *testing.T) {
 			text := readFile(t, file)
 			require.Contains(t, text, site)
 			web := freeAddress(t)
-			start := "{\n\tadmin off\n\tpersist_config off\n}\nhttp://:" + portOf(web) + " {\n"
+			start := "{\n\tadmin off\n\tpersist_config off\n}\nhttp://:" + web[strings.LastIndexByte(web, ':')+1:] + " {\n"
 			text = start + strings.TrimPrefix(text[strings.Index(text, site):], site)
 			if !strings.Contains(text, "bind 127.0.0.1") {
 				text = strings.Replace(text, start, start+"\tbind 127.0.0.1\n", 1)
