@@ -197,6 +197,9 @@ func (m *emitter) counters(b *Backend) {
 	for _, why := range backendClosedReasons {
 		m.counter(descClosed, closed[why], why.String())
 	}
+	if n := closed[reasonClientError]; n > 0 { // most pools never have one
+		m.counter(descClosed, n, reasonClientError.String())
+	}
 	if n := closed[reasonMaxLifetime]; n > 0 || b.aging.Load() {
 		m.counter(descClosed, n, reasonMaxLifetime.String())
 	}

@@ -14,6 +14,7 @@ const (
 	reasonClientReset   = reason(relay.ClientReset)
 	reasonBackendReset  = reason(relay.BackendReset)
 	reasonIdleTimeout   = reason(relay.IdleTimeout)
+	reasonClientError   = reason(relay.ClientError)
 	reasonError         = reason(relay.Error)
 	reasonMaxLifetime   = reason(relay.LifetimeOver)
 )
@@ -39,6 +40,7 @@ var reasonNames = [numReasons]string{
 	reasonDrainTimeout:   "drain_timeout",
 	reasonNoBackend:      "no_backend",
 	reasonMaxConnections: "max_connections",
+	reasonClientError:    "client_error",
 	reasonError:          "error",
 
 	reasonBackendClosedEarly: "backend_closed_early",

@@ -160,7 +160,7 @@ func (s *session) finish() {
 	s.contain(s.closeClient)
 	duration := time.Since(s.began)
 	if s.relay != nil {
-		s.why = reason(s.relay.Reason())
+		s.why, s.err = reason(s.relay.Reason()), s.relay.Err()
 		_, sent := s.relay.Moved()
 		if s.why == reasonBackendClosed && sent == 0 && duration < earlyClose {
 			s.why = reasonBackendClosedEarly

@@ -43,6 +43,7 @@ func (r *fakeRelay) Cut(why relay.Reason) {
 func (*fakeRelay) Reason() relay.Reason     { return relay.None }
 func (*fakeRelay) Moved() (up, down uint64) { return 0, 0 }
 func (*fakeRelay) Idle() time.Duration      { return 0 }
+func (*fakeRelay) Err() error               { return nil }
 
 // openSession is a session of b with a relay over pipes, and the client's end.
 func openSession(t testing.TB, g *generation, b *Backend) (*session, chan reason) {

@@ -155,6 +155,23 @@ func TestTLSInFront(t *testing.T) {
 	})
 }
 
+// Nor does one that stops speaking TLS.
+func TestClientThatEndsItsTLS(t *testing.T) {
+	app, roots := certificate(t)
+	s, lb := echoServer(t), freeAddress(t)
+	config, lines := withAccessLog(t, routeConfig(lb, `{"handler":"tls"}`, "", `"access_log":true,`+backendsJSON(s.address)+"}", app))
+	runCaddy(t, config)
+	socket := dialClient(t, lb)
+	c := tls.Client(socket, &tls.Config{RootCAs: roots, ServerName: "lb.test"})
+	write(t, c, "x")
+	expect(t, c, "x")
+	write(t, socket, "no TLS any more, though it began well")
+	eventually(t, func() bool { return len(lines()) == 1 }, "its line")
+	require.Equal(t, "client_error", lines()[0]["reason"])
+	require.Equal(t, "info", lines()[0]["level"])
+	require.Contains(t, lines()[0]["error"], "tls: ")
+}
+
 // Behind wrappers that can't half-close, a FIN must get through all the same.
 func TestHalfCloseThroughWrappers(t *testing.T) {
 	for name, c := range map[string]struct{ before, hello string }{
@@ -177,6 +194,30 @@ func TestHalfCloseThroughWrappers(t *testing.T) {
 			expectEOF(t, client)
 			requireBooksBalance(t, 1)
 			require.EqualValues(t, len("question"), metric(t, "received_bytes_total", nil))
+		})
+	}
+}
+
+// Who checks or scans a port that wants a header, or TLS, and has none: that says
+// nothing of the pool, and the line says what it was.
+func TestClientsThatTheirWrapperRefuses(t *testing.T) {
+	for name, sends := range map[string]string{"nothing": "", "junk": "GET / HTTP/1.0\r\n\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			watchLeftovers(t)
+			s, lb := echoServer(t), freeAddress(t)
+			config, lines := withAccessLog(t, routeConfig("tcp_lb/"+lb, `{"handler":"proxy_protocol"}`, "", `"access_log":true,`+backendsJSON(s.address)+"}", ""))
+			runCaddy(t, config)
+			require.NotContains(t, exposition(t), "client_error")
+			client := dialClient(t, lb)
+			write(t, client, sends)
+			_ = client.CloseWrite() // junk has it reset by now, perhaps
+			eventually(t, func() bool { return len(lines()) == 1 }, "its line")
+			require.Equal(t, "client_error", lines()[0]["reason"])
+			require.Contains(t, lines()[0]["error"], "proxy protocol signature not present")
+			require.Equal(t, "info", lines()[0]["level"])
+			requireBooksBalance(t, 1)
+			require.EqualValues(t, 1, metric(t, "connections_closed_total", labels("backend", s.address, "reason", "client_error")))
+			require.Empty(t, backendStatuses(t)[s.address].LastError)
 		})
 	}
 }

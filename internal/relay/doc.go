@@ -29,6 +29,9 @@ type Relay interface {
 	Cut(why Reason)
 	// Reason returns why the connection ended; None if it has not.
 	Reason() Reason
+	// Err returns what went wrong, of one that has ended for ClientError or Error;
+	// nil if nobody said.
+	Err() error
 	// Moved returns how many bytes were delivered to the backend and to the client.
 	Moved() (up, down uint64)
 	// Idle returns for about how long no byte has moved.

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"math"
 	"sync/atomic"
 	"time"
@@ -31,6 +32,7 @@ type Looped struct {
 	moving     bool // has asked for a turn
 	over       bool // both sockets are closed
 	keepsAlive bool
+	errno      uint32       // what went wrong; 0: the verdict says it all
 	began      int64        // by the loop's clock
 	lastMoved  atomic.Int64 // likewise
 }
@@ -132,6 +134,21 @@ func (r *Looped) Cut(why Reason) {
 // Moved is a part of Relay.
 func (r *Looped) Moved() (up, down uint64) { return r.up.moved.Load(), r.down.moved.Load() }
 
+// Err is a part of Relay.
+func (r *Looped) Err() error {
+	if !r.is(gone) || r.errno == 0 {
+		return nil
+	}
+	return unix.Errno(r.errno)
+}
+
+// fail concludes for the reason, which err explains.
+func (r *Looped) fail(why Reason, err error) {
+	if errno := unix.Errno(0); r.conclude(why) && errors.As(err, &errno) {
+		r.errno = uint32(errno)
+	}
+}
+
 // Idle returns how long no byte has moved, exact to a round of the loop.
 func (r *Looped) Idle() time.Duration {
 	return max(0, time.Duration(r.loop.Clock()-r.lastMoved.Load()))
@@ -150,8 +167,8 @@ func (r *Looped) Posted(what uint32) {
 		return
 	}
 	for tag, s := range []*loopedSide{&r.up.src, &r.down.src} {
-		if r.loop.Add(int(s.fd), r.ref, uint32(tag)) != nil { // somebody closed it, or there is no memory
-			r.conclude(Error)
+		if err := r.loop.Add(int(s.fd), r.ref, uint32(tag)); err != nil { // somebody closed it, or there is no memory
+			r.fail(Error, err)
 			r.sever()
 			return
 		}
@@ -248,12 +265,15 @@ func (r *Looped) sourceEnded(w *loopedWay) {
 // sourceLost passes a reset of the source on, once the destination has all that
 // was sent before.
 func (r *Looped) sourceLost(w *loopedWay, err error) {
-	why := w.src.reset
-	if err != nil && !IsReset(err) {
-		why = Error
-	}
 	w.src.lost = true
-	r.conclude(why)
+	switch {
+	case err == nil || IsReset(err):
+		r.conclude(w.src.reset)
+	case w == &r.up:
+		r.fail(ClientError, err)
+	default:
+		r.fail(Error, err)
+	}
 	r.up.end()
 	r.down.end()
 	r.severDelivered(w.dst)

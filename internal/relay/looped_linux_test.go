@@ -396,6 +396,45 @@ func TestRelayAtRandom(t *testing.T) {
 	})
 }
 
+// What the kernel says goes with the reason, which is that of the side it is about.
+func TestLoopedKeepsWhatWentWrong(t *testing.T) {
+	var count atomic.Uint64
+	run := func(client, backend int) *Looped {
+		r, err := NewLooped(client, backend, Options{Up: &count, Down: &count})
+		require.NoError(t, err)
+		done := make(chan struct{})
+		r.Start(func() { close(done) })
+		within(t, func() { <-done }, "it does not end")
+		return r
+	}
+	// A poller can be polled, and not read.
+	broken := func() int {
+		poller, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+		require.NoError(t, err)
+		ready, err := unix.Eventfd(1, unix.EFD_CLOEXEC)
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = unix.Close(ready) })
+		require.NoError(t, unix.EpollCtl(poller, unix.EPOLL_CTL_ADD, ready, &unix.EpollEvent{Events: unix.EPOLLIN}))
+		return poller
+	}
+	other := func() int {
+		far, near := tcpPair(t)
+		t.Cleanup(func() { _ = far.Close() })
+		return detach(t, near)
+	}
+	r := run(broken(), other())
+	require.Equal(t, ClientError, r.Reason())
+	require.Equal(t, unix.EINVAL, r.Err())
+	r = run(other(), broken())
+	require.Equal(t, Error, r.Reason())
+	require.Equal(t, unix.EINVAL, r.Err())
+	fd, err := unix.Open(t.TempDir(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	require.NoError(t, err)
+	r = run(other(), fd)
+	require.Equal(t, Error, r.Reason())
+	require.Equal(t, unix.EPERM, r.Err(), "a directory is in no poller")
+}
+
 // What an idle connection takes: little, as there may be very many.
 func TestLoopedIsSmall(t *testing.T) {
 	require.LessOrEqual(t, unsafe.Sizeof(Looped{}), uintptr(224))

@@ -13,7 +13,8 @@ const (
 	BackendReset                // the backend reset the connection, or was lost
 	IdleTimeout                 // no byte either way for the idle timeout
 	LifetimeOver                // it has reached its lifetime
-	Error                       // anything else: a TLS error, a panic
+	ClientError                 // anything else at the client: no PROXY header, no TLS
+	Error                       // anything else: a TLS error of the backend, a panic
 	OwnReasons                  // those from here on mean what the caller of Cut says
 )
 
@@ -28,15 +29,15 @@ type verdict struct{ why atomic.Uint32 }
 func (v *verdict) Reason() Reason { return Reason(v.why.Load()) }
 
 // conclude records why the connection ends. The first reason stays, except
-// that an orderly close gives way to anything else.
-func (v *verdict) conclude(why Reason) {
+// that an orderly close gives way to anything else. It reports whether this one does.
+func (v *verdict) conclude(why Reason) bool {
 	for {
 		old := v.Reason()
 		if old != None && (!old.orderly() || why.orderly()) {
-			return
+			return false
 		}
 		if v.why.CompareAndSwap(uint32(old), uint32(why)) {
-			return
+			return true
 		}
 	}
 }

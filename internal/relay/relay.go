@@ -19,6 +19,7 @@ type Pair struct {
 	client, backend side
 	up, down        direction // client to backend, and back
 	onPanic         func(value any, stack []byte)
+	err             atomic.Pointer[error] // nil: the verdict says it all
 
 	running atomic.Int32 // directions that have not ended, and others that joined
 	ended   func()       // called by the last one
@@ -62,8 +63,8 @@ func New(client, backend net.Conn, o Options) *Pair {
 		r.endsAt = now.Add(o.Lifetime)
 	}
 	r.running.Store(2)
-	r.client.init(client, ClientClosed, ClientReset)
-	r.backend.init(backend, BackendClosed, BackendReset)
+	r.client.init(client, ClientClosed, ClientReset, ClientError)
+	r.backend.init(backend, BackendClosed, BackendReset, Error)
 	r.up = direction{relay: r, src: &r.client, dst: &r.backend, first: o.First, total: o.Up}
 	r.down = direction{relay: r, src: &r.backend, dst: &r.client, total: o.Down}
 	return r
@@ -180,12 +181,12 @@ func (d *direction) srcLost() bool {
 // sourceLost passes a reset of the source on, once the destination has all that
 // was sent before.
 func (d *direction) sourceLost(err error) {
-	why := d.src.reset
-	if err != nil && !IsReset(err) && !secure.IsAlert(err) {
-		why = Error
-	}
 	d.src.lost.Store(true)
-	d.relay.conclude(why)
+	if err != nil && !IsReset(err) && !secure.IsAlert(err) {
+		d.relay.fail(d.src.failed, bare(err))
+	} else {
+		d.relay.conclude(d.src.reset)
+	}
 	d.src.sever() // unblocks the other direction if it writes there
 	d.relay.severDelivered(d.dst)
 }
@@ -199,11 +200,11 @@ func (d *direction) destinationLost(err error) {
 		d.relay.severDelivered(d.src)
 		return
 	}
-	why := d.dst.reset
 	if errors.Is(err, net.ErrClosed) { // by whoever has it, too
-		why = Error
+		d.relay.fail(d.dst.failed, bare(err))
+	} else {
+		d.relay.conclude(d.dst.reset)
 	}
-	d.relay.conclude(why)
 	deliveries.add(d.relay, d.src, false)
 }
 
@@ -294,6 +295,21 @@ func (r *Pair) onTimer() {
 	defer r.timerMu.Unlock()
 	if r.running.Load() > 0 {
 		r.timer.Reset(r.untilLook())
+	}
+}
+
+// Err is a part of Relay.
+func (r *Pair) Err() error {
+	if err := r.err.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// fail concludes for the reason, which err explains.
+func (r *Pair) fail(why Reason, err error) {
+	if r.conclude(why) {
+		r.err.Store(&err)
 	}
 }
 
@@ -397,6 +413,14 @@ type sidedError struct{ side, err error }
 
 func (e *sidedError) Error() string   { return e.side.Error() + ": " + e.err.Error() }
 func (e *sidedError) Unwrap() []error { return []error{e.side, e.err} }
+
+// bare returns the error without its side.
+func bare(err error) error {
+	if e, ok := err.(*sidedError); ok {
+		return e.err
+	}
+	return err
+}
 
 func sourceError(err error) error      { return &sidedError{errSource, err} }
 func destinationError(err error) error { return &sidedError{errDestination, err} }

@@ -289,10 +289,59 @@ func TestRelayOfWhatAnotherCloses(t *testing.T) {
 				expect(t, r.backend, "x")
 				require.NoError(t, closed.Close())
 				expectReset(t, other)
-				require.Equal(t, Error, r.reason(t))
+				require.Equal(t, map[bool]Reason{true: ClientError, false: Error}[client], r.reason(t))
+				require.ErrorIs(t, r.relay.Err(), net.ErrClosed)
 			})
 		}
 	}
+}
+
+// picky is a wrapper that does not like what it is sent.
+type picky struct{ net.Conn }
+
+var errPicky = errors.New("no header")
+
+func (c picky) Read(b []byte) (int, error) {
+	if _, err := c.Conn.Read(b); err != nil {
+		return 0, err
+	}
+	return 0, errPicky
+}
+
+// What a wrapper says goes with the reason, which is its side's; what else ends a
+// relay needs no words.
+func TestRelayKeepsWhatWentWrong(t *testing.T) {
+	for name, c := range map[string]struct {
+		client bool
+		why    Reason
+	}{"client": {true, ClientError}, "backend": {false, Error}} {
+		t.Run(name, func(t *testing.T) {
+			client, nearClient := tcpPair(t)
+			defer client.Close()
+			backend, nearBackend := tcpPair(t)
+			defer backend.Close()
+			var count atomic.Uint64
+			ends := [2]net.Conn{nearClient, picky{nearBackend}}
+			from := backend
+			if c.client {
+				ends, from = [2]net.Conn{picky{nearClient}, nearBackend}, client
+			}
+			r := New(ends[0], ends[1], Options{Up: &count, Down: &count})
+			write(t, from, "x")
+			require.Equal(t, c.why, r.Run())
+			require.Equal(t, errPicky, r.Err())
+			r.Cut(drained)
+			require.Equal(t, c.why, r.Reason())
+			expectReset(t, client)
+			expectReset(t, backend)
+		})
+	}
+	eachKind(t, func(t *testing.T, k kind) {
+		r := k.start(t, 0)
+		r.relay.Cut(drained)
+		require.Equal(t, drained, r.reason(t))
+		require.NoError(t, r.relay.Err())
+	})
 }
 
 func TestRelayCountsLive(t *testing.T) {

@@ -21,7 +21,7 @@ type side struct {
 	// patient is conn, if that can be waited for without a buffer.
 	patient patient
 
-	closed, reset Reason // how it is called when this side does it
+	closed, reset, failed Reason // how it is called when this side does it
 
 	finished atomic.Bool // it closed its sending way in order
 	lost     atomic.Bool // it reset the connection, or is unreachable
@@ -42,8 +42,8 @@ type patient interface {
 	Shed()
 }
 
-func (s *side) init(conn net.Conn, closed, reset Reason) {
-	s.conn, s.base, s.closed, s.reset = conn, conn, closed, reset
+func (s *side) init(conn net.Conn, closed, reset, failed Reason) {
+	s.conn, s.base, s.closed, s.reset, s.failed = conn, conn, closed, reset, failed
 	for s.base != nil {
 		if s.writeCloser == nil {
 			s.writeCloser, _ = s.base.(writeCloser)
