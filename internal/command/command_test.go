@@ -101,7 +101,7 @@ const somePools = `[
 
 const someBackends = `[
 	{"lb":"db","address":"10.0.1.1:5432","configured":true,"weight":1,"effective_weight":1,"state":"ready","health":"down","active":0,"connections_total":0,"errors_total":12,"received_bytes":0,"sent_bytes":0,"last_error":"dial tcp 10.0.1.1:5432: connect: connection refused","last_connect_error":"dial tcp 10.0.1.1:5432: connect: connection refused"},
-	{"lb":"web","address":"10.0.0.1:3001","configured":true,"weight":1,"effective_weight":3,"state":"ready","health":"up","active":1000,"connections_total":1234000,"errors_total":3,"received_bytes":123456789,"sent_bytes":98765432101,"last_error":"","last_connect_error":""},
+	{"lb":"web","address":"10.0.0.1:3001","configured":true,"weight":1,"effective_weight":3,"state":"ready","health":"up","active":1000,"connections_total":1234000,"errors_total":3,"received_bytes":123456789,"sent_bytes":98765432101,"last_error":"","last_connect_error":"TLS handshake: tls: failed to verify certificate: x509: certificate is valid for db.internal, not web.internal"},
 	{"lb":"web","address":"[2001:db8::1234:5678]:3001","configured":false,"weight":0,"effective_weight":0,"state":"ready","health":"unchecked","active":200,"connections_total":567,"errors_total":0,"received_bytes":999,"sent_bytes":1000,"last_error":"","last_connect_error":"refused\u001b[31m"}]`
 
 func TestStatus(t *testing.T) {
@@ -116,7 +116,7 @@ web  2 of 3     1200        0   1.2M       3        3            0    123 MB  99
 
 LB   BACKEND                     HEALTH     STATE  WEIGHT  OPEN  TOTAL  ERRORS  RECEIVED    SENT  LAST ERROR
 db   10.0.1.1:5432               down       ready       1     0      0      12       0 B     0 B  connect: connection refused
-web  10.0.0.1:3001               up         ready   3 (1)  1000   1.2M       3    123 MB   99 GB
+web  10.0.0.1:3001               up         ready   3 (1)  1000   1.2M       3    123 MB   99 GB  TLS handshake: certificate is valid for db.internal, not web.internal
 web  [2001:db8::1234:5678]:3001  unchecked  left        0   200    567       0     999 B  1.0 kB  refused�[31m
 `, "\n"), out)
 	require.Equal(t, []string{"GET /tcp_lb/pools?", "GET /tcp_lb/backends?"}, a.requests())

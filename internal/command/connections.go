@@ -142,7 +142,7 @@ func writeConnections(w io.Writer, list []connection) error {
 			c.LB, c.Client, c.Backend, words.Span(c.Age), words.Span(c.Idle), words.Size(c.ReceivedBytes), words.Size(c.SentBytes),
 		})
 	}
-	return writeTable(w, connectionColumns, rows, false)
+	return writeTable(w, connectionColumns, rows)
 }
 
 // isThere returns an error if there is no such pool or backend, which may be a

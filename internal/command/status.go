@@ -145,7 +145,7 @@ func writePools(w io.Writer, pools []pool) error {
 			words.Count(p.ErrorsTotal), words.Count(p.RetriesTotal), words.Count(p.NoBackend + p.MaxConnections + p.OverClientLimit), words.Size(p.ReceivedBytes), words.Size(p.SentBytes),
 		})
 	}
-	return writeTable(w, poolColumns, rows, false)
+	return writeTable(w, poolColumns, rows)
 }
 
 var backendColumns = []column{
@@ -161,7 +161,7 @@ func writeBackends(w io.Writer, backends []backend) error {
 			words.Size(b.ReceivedBytes), words.Size(b.SentBytes), b.trouble(),
 		})
 	}
-	return writeTable(w, backendColumns, rows, true)
+	return writeTable(w, backendColumns, rows)
 }
 
 // state is what was set by hand, of a backend that is in the config, and what else
@@ -195,5 +195,5 @@ func (b backend) trouble() string {
 	for _, network := range []string{"tcp", "unix"} { // which the row has
 		text = strings.TrimPrefix(text, "dial "+network+" "+strings.TrimPrefix(b.Address, "unix/")+": ")
 	}
-	return text
+	return words.Brief(text)
 }

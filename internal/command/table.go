@@ -13,16 +13,9 @@ type column struct {
 	right bool
 }
 
-// maxWidth is where a last column is cut that is free text: the whole of it is in
-// the JSON. Addresses are never cut.
-const (
-	maxWidth = 120
-	minText  = 40
-)
-
-// writeTable writes rows under their titles, two spaces apart. The last column
-// may be free text.
-func writeTable(w io.Writer, columns []column, rows [][]string, freeText bool) error {
+// writeTable writes rows under their titles, two spaces apart. Nothing is cut: free
+// text is the last column, and a terminal or a reader does with its end as it likes.
+func writeTable(w io.Writer, columns []column, rows [][]string) error {
 	widths := make([]int, len(columns))
 	for i, c := range columns {
 		widths[i] = words.Width(c.title)
@@ -31,16 +24,6 @@ func writeTable(w io.Writer, columns []column, rows [][]string, freeText bool) e
 		for i := range row {
 			row[i] = words.Printable(row[i])
 			widths[i] = max(widths[i], words.Width(row[i]))
-		}
-	}
-	if freeText {
-		last, before := len(columns)-1, 0
-		for _, n := range widths[:last] {
-			before += n + 2
-		}
-		room := max(maxWidth-before, minText)
-		for _, row := range rows {
-			row[last] = words.Shorten(row[last], room)
 		}
 	}
 	titles := make([]string, len(columns))

@@ -244,3 +244,15 @@ func TestContrast(t *testing.T) {
 	}
 	require.Empty(t, regexp.MustCompile(`#[0-9a-fA-F]{3,8}\b`).FindAllString(style[strings.LastIndex(style, "* { box-sizing"):], -1), "all colors are variables")
 }
+
+// A backend's row has its address, and need not have it twice.
+func TestErrorsAreBrief(t *testing.T) {
+	b := &Backend{Address: "a:1"}
+	for text, want := range map[string]string{
+		"dial tcp a:1: connect: connection refused":                                       "connection refused",
+		"TLS handshake: tls: failed to verify certificate: x509: certificate has expired": "TLS handshake: certificate has expired",
+		"dial tcp b:1: connect: connection refused":                                       "dial tcp b:1: connect: connection refused",
+	} {
+		require.Equal(t, want, b.brief(text))
+	}
+}

@@ -271,5 +271,5 @@ func (b *Backend) brief(text string) string {
 	for _, network := range []string{"tcp", "unix"} {
 		text = strings.TrimPrefix(text, "dial "+network+" "+strings.TrimPrefix(b.Address, "unix/")+": ")
 	}
-	return strings.TrimPrefix(text, "connect: ")
+	return words.Brief(strings.TrimPrefix(text, "connect: "))
 }

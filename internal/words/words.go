@@ -25,6 +25,11 @@ func Printable(s string) string {
 	}, s)
 }
 
+// Brief leaves out of an error about a certificate what its rest says anyway.
+func Brief(text string) string {
+	return strings.Replace(text, "tls: failed to verify certificate: x509: ", "", 1)
+}
+
 // Shorten cuts s so that it is no wider than room.
 func Shorten(s string, room int) string {
 	if Width(s) <= room {

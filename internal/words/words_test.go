@@ -27,6 +27,8 @@ func TestForPeople(t *testing.T) {
 func TestPlainText(t *testing.T) {
 	require.Equal(t, "web\uFFFD1 é", Printable("web\x1b1 é"))
 	require.Equal(t, "a\uFFFDb", Printable("a\u202Eb"), "what would turn the text around")
+	require.Equal(t, "TLS handshake: certificate has expired", Brief("TLS handshake: tls: failed to verify certificate: x509: certificate has expired"))
+	require.Equal(t, "refused", Brief("refused"))
 	require.Equal(t, "é…", Shorten("éab", 2))
 	require.Equal(t, "éa", Shorten("éa", 2))
 	require.Equal(t, "1 client", Plural(1, "client", "clients"))
