@@ -59,6 +59,8 @@ func (g *generation) logPool(message string) {
 		zap.Int("retries", g.retries),
 		zap.Duration("try_duration", g.tryDuration),
 		zap.String("checks", g.checksText()),
+		unlessEmpty("tls", g.approachText(members, (*approach).tlsText)),
+		unlessEmpty("proxy_protocol", g.approachText(members, (*approach).proxyText)),
 		zap.Int64("max_connections", g.connections()),
 		unlessZero("max_connections_per_client", g.clientLimit),
 		zap.Duration("dial_timeout", g.dialTimeout),
@@ -73,6 +75,54 @@ func unlessZero(name string, n int64) zap.Field {
 		return zap.Skip()
 	}
 	return zap.Int64(name, n)
+}
+
+// unlessEmpty is likewise.
+func unlessEmpty(name, text string) zap.Field {
+	if text == "" {
+		return zap.Skip()
+	}
+	return zap.String(name, text)
+}
+
+// approachText says what is so of how backends are connected to, and of how many
+// where it is not so of all.
+func (g *generation) approachText(members []enrolled, what func(*approach) string) string {
+	if len(members) == 0 { // those that are found yet
+		return what(g.approach)
+	}
+	of := make(map[string]int)
+	for _, m := range members {
+		of[what(m.approach)]++
+	}
+	var list []string
+	for text, n := range of {
+		switch {
+		case n == len(members):
+			return text
+		case text != "":
+			list = append(list, fmt.Sprintf("%s (%d of %d)", text, n, len(members)))
+		}
+	}
+	slices.Sort(list)
+	return strings.Join(list, ", ")
+}
+
+func (a *approach) tlsText() string {
+	switch {
+	case a == nil || a.security == nil:
+		return ""
+	case a.security.config.InsecureSkipVerify:
+		return "not verified"
+	}
+	return "verified"
+}
+
+func (a *approach) proxyText() string {
+	if a == nil {
+		return ""
+	}
+	return string(a.proxy)
 }
 
 // connections returns how many connections the generation serves at most.

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap/zaptest/observer"
 )
@@ -68,6 +69,21 @@ func TestPoolTellsOfItself(t *testing.T) {
 	fifth.stop()
 	require.EqualValues(t, 3, lines[0].ContextMap()["sum_of_weights"], "another weight shows")
 	sixth.stop()
+	require.NotContains(t, lines[0].ContextMap(), "tls")
+	seventh, lines := begin(func(h *Handler) {
+		h.TLS, h.ProxyProtocol = new(BackendTLS), "v2"
+		h.Backends[1].TLS = &BackendTLS{TLSConfig: reverseproxy.TLSConfig{InsecureSkipVerify: true}}
+		h.Backends[2].TLS, h.Backends[2].ProxyProtocol = &BackendTLS{Off: true}, "v1"
+		h.Backends[3].ProxyProtocol = proxyOff
+	})
+	require.Equal(t, "not verified (1 of 5), verified (3 of 5)", lines[0].ContextMap()["tls"])
+	require.Equal(t, "v1 (1 of 5), v2 (3 of 5)", lines[0].ContextMap()["proxy_protocol"])
+	require.Equal(t, "tls every 10s", lines[0].ContextMap()["checks"])
+	seventh.stop()
+	eighth, lines := begin(func(h *Handler) { h.TLS, h.ProxyProtocol = new(BackendTLS), "v2" })
+	require.Equal(t, "verified", lines[0].ContextMap()["tls"])
+	require.Equal(t, "v2", lines[0].ContextMap()["proxy_protocol"])
+	eighth.stop()
 	_, lines = begin(func(*Handler) {})
 	require.Len(t, lines, 1)
 
