@@ -83,6 +83,14 @@ func (e *handshakeError) words() string {
 
 func (e *handshakeError) Unwrap() []error { return []error{errTLS, e.err} }
 
+// trouble says why the connection has failed, and what is known of that.
+func (s *session) trouble() string {
+	if s.err == nil {
+		return s.why.String()
+	}
+	return s.why.String() + ": " + oneLine(s.err)
+}
+
 // noteTrouble keeps what TLS has ended an open connection, which is the backend's
 // word, or about it: one that does not like the certificate it was shown says so
 // after the handshake, as TLS 1.3 has it.

@@ -165,10 +165,10 @@ func (s *session) finish() {
 		if s.why == reasonBackendClosed && sent == 0 && duration < earlyClose {
 			s.why = reasonBackendClosedEarly
 		}
-		if s.why == reasonBackendClosedEarly || s.why == reasonBackendReset && sent == 0 {
-			s.backend.failed(s.why.String())
-		}
 		s.noteTrouble()
+		if s.why == reasonBackendClosedEarly || s.why == reasonBackendReset && sent == 0 {
+			s.backend.failed(s.trouble())
+		}
 		s.backend.leave(s, s.why, duration)
 	} else {
 		s.pool.closed[s.why].Add(1)

@@ -203,6 +203,23 @@ func TestTLSConnectionsOutliveAReload(t *testing.T) {
 	expect(t, c, "z")
 }
 
+// Why a backend is taken out, or would be, is what TLS has told.
+func TestTLSWordsOfABackendThatFailsClients(t *testing.T) {
+	watchLeftovers(t)
+	a := newIssuer(t)
+	s := a.server(t, &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool(), MinVersion: tls.VersionTLS13}, secureEcho)
+	lb := freeAddress(t)
+	config, lines := withAccessLog(t, lbConfig(lb, fmt.Sprintf(`{%s,%s,"health_checks":{"active":{"disabled":true},"passive":{"fail_duration":"1h"}}}`, backendsJSON(s.address), a.trusted(""))))
+	runCaddy(t, strings.Replace(config, `"layer4.handlers.tcp_lb.access"`, `"layer4.handlers.tcp_lb"`, 1))
+	_, err := io.ReadAll(dialClient(t, lb))
+	require.Error(t, err)
+	eventually(t, func() bool {
+		return slices.ContainsFunc(lines(), func(l map[string]any) bool {
+			return l["msg"] == "backend fails clients, and stays as no other is available" && l["error"] == "backend_reset: TLS: remote error: tls: certificate required"
+		})
+	}, "its line")
+}
+
 // The client leaves, or the drain timeout ends, while a backend says nothing.
 func TestTLSHandshakeIsGivenUp(t *testing.T) {
 	silent := func(t *testing.T) *server {
