@@ -83,10 +83,14 @@ func (g *generation) ask(ctx context.Context, t target, check checks.Check, w ch
 		g.logger.Error("panic in a health check", zap.String("lb", g.name), zap.String("backend", t.String()),
 			zap.Any("panic", panicked.Value), zap.ByteString("stack", panicked.Stack))
 	}
-	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	switch {
+	case err == nil || !errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return err
+	case errors.Is(err, checks.ErrHandshakeLate): // as clients' connects have it
+		return fmt.Errorf("%w within %s", err, g.checks.timeout)
+	default:
 		return fmt.Errorf("no verdict within %s: %w", g.checks.timeout, err)
 	}
-	return err
 }
 
 // errCheckGone is of a check that ended its goroutine.

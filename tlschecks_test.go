@@ -23,6 +23,9 @@ func TestChecksFollowTLS(t *testing.T) {
 		return a.server(t, &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool()}, secureEcho)
 	}
 	plain := func(t testing.TB) *server { return echoServer(t) }
+	silent := func(t testing.TB) *server {
+		return startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	}
 	const often = `"interval":"20ms","fast_interval":"20ms"`
 	for name, c := range map[string]struct {
 		start           func(testing.TB) *server
@@ -32,6 +35,7 @@ func TestChecksFollowTLS(t *testing.T) {
 		"a certificate that holds":   {good, a.trusted(""), often, ""},
 		"an expired one":             {expired, a.trusted(""), often, "expired"},
 		"no TLS":                     {plain, a.trusted(""), often, "TLS handshake"},
+		"silence":                    {silent, a.trusted(""), often + `,"timeout":"50ms"`, "TLS handshake: not done within 50ms"},
 		"told not to":                {expired, a.trusted(""), often + `,"tls":{"off":true}`, ""},
 		"told otherwise":             {good, a.trusted(""), often + `,"tls":{}`, "unknown authority"},
 		"no client's certificate":    {wanting, a.trusted(""), often, "after the TLS handshake: remote error: tls: certificate required"},

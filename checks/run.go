@@ -1,6 +1,7 @@
 package checks
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -86,11 +87,17 @@ func (r *run) dial(ctx context.Context) (net.Conn, error) {
 	}
 	secure := tls.Client(raw, config)
 	if err := secure.HandshakeContext(ctx); err != nil {
+		if errors.Is(cmp.Or(r.ctx.Err(), ctx.Err()), context.DeadlineExceeded) {
+			return nil, ErrHandshakeLate
+		}
 		return nil, fmt.Errorf("TLS handshake: %w", err)
 	}
 	r.tls = secure
 	return secure, nil
 }
+
+// ErrHandshakeLate is of a TLS handshake that took all the time there was.
+var ErrHandshakeLate = fmt.Errorf("TLS handshake: %w", &failure{"not done", context.DeadlineExceeded})
 
 // line is a bare connection, of which is known whether the backend has closed it.
 type line struct {
