@@ -19,7 +19,7 @@ import (
 func checkOptions() []option[Handler] {
 	return []option[Handler]{
 		{spec{name: "health_uri", values: "<path>", path: "health_checks.active.uri", unset: "no HTTP check",
-			help: "ask for this by HTTP, or HTTPS with `health_tls`; see [Checks](docs/checks.md) for this and what follows"},
+			help: "ask for this by HTTP, or HTTPS with `tls` or `health_tls`; see [Checks](docs/checks.md) for this and what follows"},
 			asOptionalText("a path such as /healthz", checks.CheckURI, func(h *Handler) *string { return &h.activeChecks().URI })},
 		{spec{name: "health_method", values: "<method>", path: "health_checks.active.method", unset: "`GET`",
 			help: "of the HTTP check"},
