@@ -2,6 +2,7 @@ package tcplb
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,27 @@ type inquiry struct {
 	check checks.Check // nil = a connect is enough
 	wire  checks.Wire  // as the checks' options have it, see assignment.wire
 	ofOwn bool         // those say whether there is TLS
+	trust bool         // and who is trusted by it
+}
+
+// over returns the TLS of checks to the port of clients' connections, which have c:
+// what the checks' options leave open is as those have it. Nil is no TLS.
+func (i inquiry) over(c *tls.Config) *tls.Config {
+	own := i.wire.TLS
+	switch {
+	case !i.ofOwn:
+		return c
+	case own == nil:
+		return nil
+	}
+	merged := c.Clone()
+	if own.ServerName != "" {
+		merged.ServerName = own.ServerName
+	}
+	if i.trust {
+		merged.RootCAs, merged.InsecureSkipVerify = own.RootCAs, own.InsecureSkipVerify
+	}
+	return merged
 }
 
 // assignment is what a checker works by.
@@ -51,8 +73,8 @@ func (a *assignment) wire(t target) checks.Wire {
 	w := a.inquiry.wire
 	if follows := a.port == 0 || a.port == t.port; follows && a.approach != nil {
 		setDefault(&w.Proxy, a.approach.proxy)
-		if s := a.approach.security; s != nil && !a.inquiry.ofOwn {
-			w.TLS = s.config
+		if s := a.approach.security; s != nil {
+			w.TLS = s.ofChecks
 		}
 	}
 	if w.Proxy == proxyOff {
@@ -155,6 +177,7 @@ func (h *Handler) newInquiry(ctx caddy.Context) (i inquiry, err error) {
 	}
 	i.wire.Proxy = a.ProxyProtocol
 	i.ofOwn = a.TLS != nil
+	i.trust = i.ofOwn && (a.TLS.InsecureSkipVerify || len(a.TLS.CARaw) > 0) // loading takes the latter out
 	if a.TLS != nil && !a.TLS.Off {
 		if i.wire.TLS, err = a.TLS.Config(ctx); err != nil {
 			return i, fmt.Errorf("health_checks.active.tls: %w", err)
@@ -218,8 +241,8 @@ func (h *Handler) conflict(call func(option string) string) (option string, err 
 		}
 	}
 	passive := h.HealthChecks.Passive
-	unix := slices.IndexFunc(h.Backends, func(b BackendConfig) bool { return strings.HasPrefix(b.Address, "unix/") })
 	t := h.checkTLS()
+	unix := slices.IndexFunc(h.Backends, h.hasNoNameFor)
 	switch {
 	case passive != nil && passive.MaxFails > 0 && passive.FailDuration == 0:
 		return "max_fails", fmt.Errorf("%s: it counts within a time, and %s is missing", call("max_fails"), call("fail_duration"))
@@ -237,10 +260,24 @@ func (h *Handler) conflict(call func(option string) string) (option string, err 
 		return "health_check", fmt.Errorf("%s: one check is enough, and %s is there, too", call("health_check"), call(dialogueOption(a)))
 	case t.Off && (t.ServerName != "" || t.InsecureSkipVerify || len(t.CARaw) > 0):
 		return "health_tls", fmt.Errorf("%s: it is off, the other options of its TLS would do nothing", call("health_tls"))
-	case a.TLS != nil && !t.Off && t.ServerName == "" && !t.InsecureSkipVerify && unix >= 0:
+	case a.TLS != nil && !t.Off && unix >= 0:
 		return "health_tls", fmt.Errorf("%s: backend %q has no host whose name a certificate could have: write one", call("health_tls"), h.Backends[unix].Address)
 	}
 	return "", nil
+}
+
+// hasNoNameFor reports whether b is at a Unix socket, and no option says which name
+// a check by TLS wants in its certificate.
+func (h *Handler) hasNoNameFor(b BackendConfig) bool {
+	t := h.checkTLS()
+	if !strings.HasPrefix(b.Address, "unix/") || t.ServerName != "" || t.InsecureSkipVerify {
+		return false
+	}
+	clients := b.TLS.over(h.TLS)
+	if clients == nil || b.HealthPort != 0 || h.activeChecks().Port != 0 {
+		return true
+	}
+	return clients.ServerName == "" && (!clients.InsecureSkipVerify || len(t.CARaw) > 0)
 }
 
 func dialogueOption(a *ActiveHealthChecks) string {

@@ -51,7 +51,7 @@ func checkOptions() []option[Handler] {
 		{spec{name: "health_tls_insecure_skip_verify", path: "health_checks.active.tls.insecure_skip_verify",
 			help: "checks speak TLS and take any certificate"},
 			kind[Handler]{read: (*parser).healthTLSInsecure, show: func(h *Handler) string { return onOrOff(h.checkTLS().InsecureSkipVerify) }}},
-		{spec{name: "health_tls_trust_pool", values: "<module> [...]", path: "health_checks.active.tls.ca", unset: "the system's CAs",
+		{spec{name: "health_tls_trust_pool", values: "<module> [...]", path: "health_checks.active.tls.ca", unset: "as `tls` says, else the system's CAs",
 			help: "checks speak TLS and trust these CAs, such as `file <path>`: a module of `tls.ca_pool.source`"},
 			kind[Handler]{read: (*parser).healthTrustPool, show: func(h *Handler) string { return orNotSet(short(h.checkTLS().CARaw)) }}},
 		{spec{name: "health_proxy_protocol", values: "v1|v2|off", path: "health_checks.active.proxy_protocol", unset: "as `proxy_protocol`, to the backend's own port",

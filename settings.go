@@ -212,6 +212,9 @@ func (h *Handler) enlist(g *generation) error {
 		}
 		g.config = append(g.config, m)
 	}
+	for _, s := range loaded {
+		s.ofChecks = g.inquiry.over(s.config)
+	}
 	return nil
 }
 

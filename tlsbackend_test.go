@@ -288,6 +288,16 @@ func TestTLSOfOneBackend(t *testing.T) {
 	require.Zero(t, metric(t, "connection_errors_total", nil))
 }
 
+// A backend whose block names CAs is verified, whomever the others' connections take.
+func TestTLSOfOneBackendIsVerified(t *testing.T) {
+	a, other := newIssuer(t), newIssuer(t)
+	s := a.server(t, nil, secureEcho)
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig(lb, fmt.Sprintf(`{"backends":[{"address":%q,%s}],"tls":{"insecure_skip_verify":true},%s}`, s.address, other.trusted(""), uncheckedJSON)))
+	refused(t, lb)
+	require.Contains(t, backendStatuses(t)[s.address].LastError, "unknown authority")
+}
+
 func TestTLSToAUnixSocket(t *testing.T) {
 	watchLeftovers(t)
 	a := newIssuer(t)

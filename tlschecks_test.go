@@ -26,6 +26,10 @@ func TestChecksFollowTLS(t *testing.T) {
 	silent := func(t testing.TB) *server {
 		return startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	}
+	named := func(t testing.TB) *server {
+		return a.server(t, &tls.Config{Certificates: []tls.Certificate{a.issue(func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"web.internal"} })}}, secureEcho)
+	}
+	other := newIssuer(t)
 	const often = `"interval":"20ms","fast_interval":"20ms"`
 	for name, c := range map[string]struct {
 		start           func(testing.TB) *server
@@ -37,7 +41,14 @@ func TestChecksFollowTLS(t *testing.T) {
 		"no TLS":                     {plain, a.trusted(""), often, "TLS handshake"},
 		"silence":                    {silent, a.trusted(""), often + `,"timeout":"50ms"`, "TLS handshake: not done within 50ms"},
 		"told not to":                {expired, a.trusted(""), often + `,"tls":{"off":true}`, ""},
-		"told otherwise":             {good, a.trusted(""), often + `,"tls":{}`, "unknown authority"},
+		"told to, and no more":       {good, a.trusted(""), often + `,"tls":{}`, ""},
+		"told a name":                {named, a.trusted(""), often + `,"tls":{"server_name":"web.internal"}`, ""},
+		"told another name":          {named, a.trusted(`"server_name":"web.internal"`), often + `,"tls":{"server_name":"db.internal"}`, "not db.internal"},
+		"told other CAs":             {good, a.trusted(""), often + "," + other.trusted(""), "unknown authority"},
+		"told CAs, of whom any do":   {good, `"tls":{"insecure_skip_verify":true}`, often + "," + other.trusted(""), "unknown authority"},
+		"told that any do":           {named, a.trusted(""), often + `,"tls":{"insecure_skip_verify":true}`, ""},
+		"told to, of whom any do":    {named, `"tls":{"insecure_skip_verify":true}`, often + `,"tls":{}`, ""},
+		"told CAs, a certificate":    {wanting, `"tls":{` + a.files(a.issue(nil)) + `}`, often + "," + a.trusted(""), ""},
 		"no client's certificate":    {wanting, a.trusted(""), often, "after the TLS handshake: remote error: tls: certificate required"},
 		"a client's certificate":     {wanting, a.trusted(a.files(a.issue(nil))), often, ""},
 		"a check by more than that":  {good, a.trusted(""), often + `,"dialogue":[{"send":"ping"},{"expect":"ping"}]`, ""},
@@ -81,6 +92,35 @@ func TestChecksOfAnotherPortDoNotFollowTLS(t *testing.T) {
 			require.Equal(t, c.follows, agent.acceptedCount() == before)
 		})
 	}
+}
+
+// What checks have of their own is all that they have on another port.
+func TestChecksOfAnotherPortInheritNothing(t *testing.T) {
+	a := newIssuer(t)
+	agent := a.server(t, nil, secureEcho)
+	tcp, err := net.ResolveTCPAddr("tcp", agent.address)
+	require.NoError(t, err)
+	s := a.server(t, nil, secureEcho)
+	runCaddy(t, lbConfig(freeAddress(t), fmt.Sprintf(`{%s,%s,"health_checks":{"active":{"interval":"20ms","fast_interval":"20ms","port":%d,"tls":{}}}}`,
+		backendsJSON(s.address), a.trusted(""), tcp.Port)))
+	eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "it is down")
+	require.Contains(t, backendStatuses(t)[s.address].LastError, "unknown authority")
+}
+
+// Who adds tls to checks by TLS has them ask as clients' connections do, at once.
+func TestOwnChecksFollowAReloadToTLS(t *testing.T) {
+	a := newIssuer(t)
+	s := a.server(t, &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: a.pool()}, secureEcho)
+	lb := freeAddress(t)
+	config := func(more string) string {
+		return lbConfig(lb, fmt.Sprintf(`{%s,"health_checks":{"active":{"interval":"1h","fast_interval":"1h","fails":1,%s}}%s}`, backendsJSON(s.address), a.trusted(`"server_name":"127.0.0.1"`), more))
+	}
+	runCaddy(t, config(""))
+	eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "no certificate")
+	reload(t, config(`,"tls":{`+a.files(a.issue(nil))+`}`))
+	eventually(t, func() bool { return backendStatuses(t)[s.address].Healthy }, "a certificate")
+	reload(t, config(""))
+	eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "none again")
 }
 
 // A reload that has checks speak TLS asks another question: the first answer to it

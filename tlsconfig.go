@@ -32,14 +32,13 @@ func (t *BackendTLS) over(handlers *BackendTLS) *BackendTLS {
 		return t
 	}
 	c := *t
-	if len(c.CARaw) == 0 {
-		c.CARaw = handlers.CARaw
+	if len(c.CARaw) == 0 && !c.InsecureSkipVerify { // else who trusts a CA would take any
+		c.CARaw, c.InsecureSkipVerify = handlers.CARaw, handlers.InsecureSkipVerify
 	}
 	if c.ClientCertificateFile == "" && c.ClientCertificateAutomate == "" {
 		c.ClientCertificateFile, c.ClientCertificateKeyFile = handlers.ClientCertificateFile, handlers.ClientCertificateKeyFile
 		c.ClientCertificateAutomate = handlers.ClientCertificateAutomate
 	}
-	setDefault(&c.InsecureSkipVerify, handlers.InsecureSkipVerify)
 	setDefault(&c.HandshakeTimeout, handlers.HandshakeTimeout)
 	setDefault(&c.ServerName, handlers.ServerName)
 	setDefault(&c.Renegotiation, handlers.Renegotiation)
@@ -73,8 +72,9 @@ func (t *BackendTLS) resolve(repl *caddy.Replacer) error {
 // security is the TLS of some backends, loaded. Its sessions are its own: those
 // that were made as another config wanted are not resumed.
 type security struct {
-	config  *tls.Config   // without a server name the backend's host is that
-	timeout time.Duration // of a handshake; 0 = what is left of the connect's
+	config   *tls.Config   // without a server name the backend's host is that
+	ofChecks *tls.Config   // the same of checks to the backend's own port; nil = they have none
+	timeout  time.Duration // of a handshake; 0 = what is left of the connect's
 }
 
 // securities loads each kind of TLS of a config once, by its JSON.

@@ -35,6 +35,7 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 		{"tls\ntls_alpn \"\"", 2, "want protocols of 1 to 255 bytes"},
 		{"tls\ntls_renegotiation always", 2, `tls_renegotiation "always": want never, once or freely`},
 		{"tls\nbackend unix//run/db.sock", 1, `backend "unix//run/db.sock" has no host whose name a certificate could have: write tls_server_name`},
+		{"tls\ntls_server_name db.internal\nhealth_tls\nhealth_port 81\nbackend unix//run/db.sock", 3, "health_tls: backend \"unix//run/db.sock\" has no host"},
 		{"health_tls off\nhealth_tls_insecure_skip_verify", 1, "health_tls: it is off, the other options"},
 	} {
 		t.Run(c.lines, func(t *testing.T) {
@@ -45,6 +46,7 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 		"backend b:80 {\n\ttls_timeout 1s\n}\ntls", "backend b:80 {\n\ttls\n\ttls_timeout 1s\n}", "tls\ntls_server_name 10.0.0.1",
 		"tls\ntls_server_name {env.NAME}", "tls\ntls_server_name db.internal\nbackend unix//run/db.sock", "tls\nbackend unix//run/db.sock {\n\ttls off\n}",
 		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off",
+		"tls\ntls_server_name db.internal\nhealth_tls\nbackend unix//run/db.sock", "tls\nhealth_tls\nbackend unix//run/db.sock {\n\ttls_insecure_skip_verify\n}",
 	} {
 		_, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
 		require.NoError(t, err, lines)
