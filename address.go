@@ -12,6 +12,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -84,6 +85,8 @@ func parseTarget(address string) (target, error) {
 		t.literal = ip.Unmap()
 	} else if strings.Contains(host, ":") {
 		return target{}, fmt.Errorf("%q is not an IPv6 address", host)
+	} else if err := literal.Check(host); err != nil {
+		return target{}, fmt.Errorf("host %q: %w", host, err)
 	} else {
 		t.name = nameOf(t.host)
 	}

@@ -155,6 +155,13 @@ func TestCaddyfileRefuses(t *testing.T) {
 		{"duplicate Unix socket", "unix//run/a.sock", []string{"backend unix//run/a.sock"}, 1, []string{"backend", `"unix//run/a.sock"`, "twice"}},
 		{"duplicate placeholder", "{env.A}", []string{"backend {env.A}"}, 1, []string{"backend", `"{env.A}"`, "twice"}},
 
+		{"mistyped IP address", "10.0.5.300:1883", nil, 0, []string{`backend "10.0.5.300:1883"`, `host "10.0.5.300": no IP address`}},
+		{"mistyped IP address on a line", good, []string{"name web", "backend 256.1.1.1:80"}, 2, []string{`"256.1.1.1"`, "no IP address"}},
+		{"too many numbers", "", []string{"backend 1.2.3.4.5:80 2"}, 1, []string{`"1.2.3.4.5"`, "no IP address"}},
+		{"too few numbers", "10.0.0:80", nil, 0, []string{`"10.0.0"`, "no IP address"}},
+		{"IP address in hexadecimal", "0x7f.1:80 0x7f000001:80", nil, 0, []string{"no IP address"}},
+		{"IP address with a dot at its end", "10.0.0.1.:5432", nil, 0, []string{"did you mean 10.0.0.1?"}},
+
 		{"unknown option", good, []string{"name web", "lb_polciy round_robin"}, 2, []string{"unknown option", `"lb_polciy"`}},
 		{"unknown option of a backend", good, []string{"backend b:80 {", "\tmax_conns 2", "}"}, 2, []string{"b:80", "unknown option", `"max_conns"`}},
 

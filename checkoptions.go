@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"strings"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -47,7 +49,7 @@ func checkOptions() []option[Handler] {
 			kind[Handler]{read: (*parser).healthCheck, show: func(h *Handler) string { return orNotSet(short(h.activeChecks().CheckRaw)) }}},
 		{spec{name: "health_tls", values: "[<server name>]|off", path: "health_checks.active.tls.server_name", unset: "as `tls` says, on the backend's own port",
 			help: "checks of any kind speak TLS and verify that name, by default the backend's host; in JSON an empty `tls` is enough, and `off` is `tls.off`"},
-			kind[Handler]{read: (*parser).healthTLS, show: tlsText}},
+			kind[Handler]{read: (*parser).healthTLS, check: checkHealthTLS, show: tlsText}},
 		{spec{name: "health_tls_insecure_skip_verify", path: "health_checks.active.tls.insecure_skip_verify",
 			help: "checks speak TLS and take any certificate"},
 			kind[Handler]{read: (*parser).healthTLSInsecure, show: func(h *Handler) string { return onOrOff(h.checkTLS().InsecureSkipVerify) }}},
@@ -377,11 +379,33 @@ func (p *parser) healthTLS(s spec, h *Handler) error {
 	t.ServerName = p.Val()
 	if t.ServerName == "off" {
 		t.ServerName, t.Off = "", true
-	} else if t.ServerName == "" || strings.ContainsAny(t.ServerName, ":/ ") || checkText(t.ServerName) != nil {
-		return p.Errf("%s %q: want a server's name, or nothing for the backend's host", s.name, t.ServerName)
+	} else if err := checkHealthName(t.ServerName); err != nil {
+		return p.Errf("%s %v", s.name, err)
 	}
 	if value := p.Val(); p.NextArg() {
 		return p.Errf("%s %s: one value is enough, found %q", s.name, value, p.Val())
+	}
+	return nil
+}
+
+// checkHealthName refuses what is no name to find in a certificate.
+func checkHealthName(name string) error {
+	if name == "" || strings.ContainsAny(name, ":/ ") || checkText(name) != nil {
+		return fmt.Errorf("%q: want a server's name, or nothing for the backend's host", name)
+	}
+	if err := literal.Check(name); err != nil {
+		return fmt.Errorf("%q: %w", name, err)
+	}
+	return nil
+}
+
+func checkHealthTLS(path string, h *Handler) error {
+	name := h.checkTLS().ServerName
+	if _, err := netip.ParseAddr(name); name == "" || err == nil {
+		return nil
+	}
+	if err := checkHealthName(name); err != nil {
+		return fmt.Errorf("%s %w", path, err)
 	}
 	return nil
 }

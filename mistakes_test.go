@@ -220,6 +220,7 @@ func TestJSONSaysWhatIsMeant(t *testing.T) {
 		`"backends":[{"address":"a:80","weight":"3"}]`:                 `backends[0].weight "3": want a number, without quotes`,
 		`"backends":[{"address":"a:80","wieght":3}]`:                   `backends[0]: unknown field "wieght": did you mean weight?`,
 		`"backends":[{"address":"a:80","weight":1.5}]`:                 `backends[0].weight 1.5: want a whole number`,
+		`"backends":[{"address":"10.0.5.300:80"}]`:                     `backend "10.0.5.300:80": host "10.0.5.300": no IP address`,
 		`"backends":[{"address":"tcp_lb/:8080"}]`:                      `is the listener tcp_lb/:8080 meant?`,
 		`"backends":[{"address":"http://a"}]`:                          `did you mean a:80?`,
 		good + `"max_connection":3`:                                    `unknown field "max_connection": did you mean max_connections?`,

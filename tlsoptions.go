@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -131,6 +132,9 @@ func checkServerName(name string) error {
 	}
 	if name == "" || strings.ContainsAny(name, ":/ *") || checkText(name) != nil {
 		return fmt.Errorf("%q: want a server's name such as db.internal, or its address", name)
+	}
+	if err := literal.Check(name); err != nil {
+		return fmt.Errorf("%q: %w", name, err)
 	}
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -122,6 +123,9 @@ func checkName(name string) error {
 	case len(name) > 254 || len(name) == 254 && !strings.HasSuffix(name, "."):
 		return fmt.Errorf("name %.40q...: want at most 253 characters, it has %d", name, len(name))
 	}
+	if err := literal.Check(name); err != nil {
+		return fmt.Errorf("name %q: %w", name, err)
+	}
 	for _, label := range labels {
 		if label == "" || len(label) > 63 || strings.HasPrefix(label, "-") || strings.ContainsFunc(label, notInNames) {
 			return fmt.Errorf("name %q: want a name in DNS such as db.internal: letters, digits, - and _ between dots, up to 63 (IDNs as xn--...)", name)
@@ -185,8 +189,7 @@ func checkResolver(resolver string) error {
 	}
 	host, port := splitResolver(resolver)
 	_, err := netip.ParseAddr(host)
-	isName := checkName(host) == nil && strings.Trim(host, "0123456789.") != ""
-	if err != nil && !isName {
+	if err != nil && checkName(host) != nil {
 		return fmt.Errorf("resolvers %q: want an address such as 10.0.0.53, or host:port", resolver)
 	}
 	if !isPort(port) {
