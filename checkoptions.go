@@ -371,12 +371,26 @@ func (p *parser) healthCheck(s spec, h *Handler) error {
 	return nil
 }
 
+// meantByHealthTLS has what is meant by words that are no server's name.
+var meantByHealthTLS = map[string]string{
+	"on": meantOn, "yes": meantOn, "true": meantOn, "enable": meantOn, "enabled": meantOn,
+	"of": meantOff, "no": meantOff, "false": meantOff, "none": meantOff, "never": meantOff, "disable": meantOff, "disabled": meantOff, "off": meantOff,
+}
+
+const (
+	meantOn  = "write health_tls without a value, or a server's name"
+	meantOff = "did you mean off?"
+)
+
 func (p *parser) healthTLS(s spec, h *Handler) error {
 	t := h.setCheckTLS()
 	if !p.NextArg() {
 		return nil
 	}
 	t.ServerName = p.Val()
+	if hint := meantByHealthTLS[strings.ToLower(t.ServerName)]; hint != "" && t.ServerName != "off" {
+		return p.Errf("%s %s: %s", s.name, t.ServerName, hint)
+	}
 	if t.ServerName == "off" {
 		t.ServerName, t.Off = "", true
 	} else if err := checkHealthName(t.ServerName); err != nil {
