@@ -130,6 +130,38 @@ func TestTLSClientCertificate(t *testing.T) {
 	}
 }
 
+// A certificate is shown also to a server that names other CAs than the one that
+// signed it: what follows from that is the server's to say.
+func TestTLSClientCertificateOfAnotherCA(t *testing.T) {
+	a, other := newIssuer(t), newIssuerOf(t, "other")
+	shown := a.trusted(other.files(other.issue(nil)))
+	for name, version := range map[string]uint16{"1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13} {
+		config := func(auth tls.ClientAuthType) *tls.Config {
+			return &tls.Config{ClientAuth: auth, ClientCAs: a.pool(), MinVersion: version, MaxVersion: version}
+		}
+		t.Run("taken in "+name, func(t *testing.T) {
+			watchLeftovers(t)
+			s, lb := a.server(t, config(tls.RequireAnyClientCert), secureEcho), freeAddress(t)
+			runCaddy(t, lbConfig(lb, fmt.Sprintf(`{%s,%s}`, backendsJSON(s.address), shown)))
+			checked(t)
+			require.True(t, backendStatuses(t)[s.address].Healthy, backendStatuses(t)[s.address].LastError)
+			require.Empty(t, backendStatuses(t)[s.address].LastError)
+			echoed(t, lb, 10)
+		})
+		t.Run("refused in "+name, func(t *testing.T) {
+			watchLeftovers(t)
+			s := a.server(t, config(tls.RequireAndVerifyClientCert), secureEcho)
+			lb := startTLS(t, "", shown, s.address)
+			_, _ = ask(lb) // in 1.2 the handshake fails, in 1.3 what follows
+			eventually(t, func() bool { return backendStatuses(t)[s.address].LastError != "" }, "the server's word")
+			require.Regexp(t, "remote error: tls: (unknown certificate authority|bad certificate)", backendStatuses(t)[s.address].LastError)
+		})
+	}
+	c := other.issue(nil)
+	_, err := alwaysShow(&c)(&tls.CertificateRequestInfo{Version: tls.VersionTLS13, SignatureSchemes: []tls.SignatureScheme{tls.PSSWithSHA256}})
+	require.ErrorContains(t, err, "the certificate of tls_client_auth is not of a kind that the backend takes: ")
+}
+
 // resuming returns a server, and whether each of its connections resumed a session.
 func (a *issuer) resuming(t testing.TB) (s *server, resumed chan bool) {
 	resumed = make(chan bool, 100)

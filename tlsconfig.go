@@ -104,9 +104,26 @@ func (loaded securities) load(ctx caddy.Context, t *BackendTLS) (*security, erro
 		return nil, fmt.Errorf("tls.ca: %w", err)
 	}
 	config.NextProtos = t.ALPN
+	if len(config.Certificates) > 0 {
+		config.GetClientCertificate = alwaysShow(&config.Certificates[0])
+	}
 	s := &security{config: config, timeout: time.Duration(t.HandshakeTimeout)}
 	loaded[string(b)] = s
 	return s, nil
+}
+
+// alwaysShow shows the certificate also to a server that names other CAs: by itself
+// crypto/tls shows none then, and the server would complain that there is none. One of
+// a kind that it can't read is an error here.
+func alwaysShow(c *tls.Certificate) func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	return func(asked *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		anyCA := *asked
+		anyCA.AcceptableCAs = nil
+		if err := anyCA.SupportsCertificate(c); err != nil {
+			return nil, fmt.Errorf("the certificate of tls_client_auth is not of a kind that the backend takes: %w", err)
+		}
+		return c, nil
+	}
 }
 
 // forHost returns the config for a backend at that host, empty for a Unix socket.

@@ -31,12 +31,18 @@ type issuer struct {
 
 func newIssuer(t testing.TB) *issuer {
 	t.Helper()
+	return newIssuerOf(t, "ca")
+}
+
+// newIssuerOf is a CA of the name, by which servers say whom they trust.
+func newIssuerOf(t testing.TB, name string) *issuer {
+	t.Helper()
 	a := &issuer{t: t, file: filepath.Join(t.TempDir(), "ca.pem")}
 	var err error
 	a.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "ca"}, IsCA: true, BasicConstraintsValid: true,
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(48 * time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &a.key.PublicKey, a.key)
