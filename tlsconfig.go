@@ -100,7 +100,7 @@ func (loaded securities) load(ctx caddy.Context, t *BackendTLS) (*security, erro
 	if config == nil { // as that says that all is as it is without
 		config = new(tls.Config)
 	}
-	if err := checks.CheckPool(config.RootCAs); err != nil {
+	if err := checks.CheckPool(t.CARaw, config.RootCAs); err != nil {
 		return nil, fmt.Errorf("tls.ca: %w", err)
 	}
 	config.NextProtos = t.ALPN

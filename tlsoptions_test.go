@@ -60,11 +60,16 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 func TestTrustPoolOfNobody(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ca.der")
 	require.NoError(t, os.WriteFile(file, []byte{0x30, 0x82}, 0o600))
-	for _, lines := range []string{"tls\ntls_trust_pool file " + file, "health_tls_trust_pool file " + file} {
-		config, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
-		require.NoError(t, err)
-		require.ErrorContains(t, validate(t, config), "no certificate in the trust pool: want PEM", lines)
+	// Nor has it a word of one beside another that has one.
+	for _, files := range []string{file, "testdata/ca.pem " + file} {
+		for _, lines := range []string{"tls\ntls_trust_pool file " + files, "health_tls_trust_pool file " + files} {
+			config, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
+			require.NoError(t, err)
+			require.ErrorContains(t, validate(t, config), "no certificate in "+file+": want PEM", lines)
+		}
 	}
+	config := lbConfig("127.0.0.1:0", `{"backends":[{"address":"a:80"}],"tls":{"ca":{"provider":"file","pem_files":[]}}}`)
+	require.ErrorContains(t, validate(t, config), "no certificate in the trust pool: want PEM")
 }
 
 func TestJSONRefusesOfTLS(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddytls"
@@ -36,6 +37,7 @@ func (t *TLS) Config(ctx caddy.Context) (*tls.Config, error) {
 	if len(t.CARaw) == 0 {
 		return c, nil
 	}
+	raw := t.CARaw // which loading takes out
 	module, err := ctx.LoadModule(t, "CARaw")
 	if err != nil {
 		return nil, fmt.Errorf("loading the trust pool: %w", err)
@@ -45,12 +47,27 @@ func (t *TLS) Config(ctx caddy.Context) (*tls.Config, error) {
 		return nil, fmt.Errorf("module %T is no trust pool", module)
 	}
 	c.RootCAs = ca.CertPool()
-	return c, CheckPool(c.RootCAs)
+	return c, CheckPool(raw, c.RootCAs)
 }
 
-// CheckPool refuses a pool that trusts nobody. Caddy makes one of a file in which it
-// finds no certificate.
-func CheckPool(trusted *x509.CertPool) error {
+// CheckPool refuses a pool that trusts nobody, and a file of the module raw in which
+// there is no certificate: Caddy makes do with what the others have.
+func CheckPool(raw json.RawMessage, trusted *x509.CertPool) error {
+	var pool struct {
+		Provider string   `json:"provider"`
+		Files    []string `json:"pem_files"`
+	}
+	if json.Unmarshal(raw, &pool) == nil && pool.Provider == "file" {
+		for _, name := range pool.Files {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				return err
+			}
+			if !x509.NewCertPool().AppendCertsFromPEM(b) {
+				return fmt.Errorf("no certificate in %s: want PEM, which begins with -----BEGIN CERTIFICATE-----", name)
+			}
+		}
+	}
 	if trusted != nil && trusted.Equal(x509.NewCertPool()) {
 		return errors.New("no certificate in the trust pool: want PEM, which begins with -----BEGIN CERTIFICATE-----")
 	}
