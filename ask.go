@@ -260,6 +260,9 @@ func (h *Handler) conflict(call func(option string) string) (option string, err 
 		return "health_check", fmt.Errorf("%s: one check is enough, and %s is there, too", call("health_check"), call(dialogueOption(a)))
 	case t.Off && (t.ServerName != "" || t.InsecureSkipVerify || len(t.CARaw) > 0):
 		return "health_tls", fmt.Errorf("%s: it is off, the other options of its TLS would do nothing", call("health_tls"))
+	case t.InsecureSkipVerify && len(t.CARaw) > 0:
+		return "health_tls_insecure_skip_verify", fmt.Errorf("%s: nothing is verified with it, so that %s would do nothing: leave one of them out",
+			call("health_tls_insecure_skip_verify"), call("health_tls_trust_pool"))
 	case a.TLS != nil && !t.Off && unix >= 0:
 		return "health_tls", fmt.Errorf("%s: backend %q has no host whose name a certificate could have: write one", call("health_tls"), h.Backends[unix].Address)
 	}

@@ -295,6 +295,9 @@ func (p *parser) backend(_ spec, h *Handler) error {
 	if option, err := b.unfit(b.Address); err != nil {
 		return own.places[option].WrapErr(fmt.Errorf("backend %s: %w", b.Address, err))
 	}
+	if b.TLS.isUnsure() {
+		return own.places["tls_insecure_skip_verify"].Errf("backend %s: tls_insecure_skip_verify: nothing is verified with it, so that tls_trust_pool would do nothing: leave one of them out", b.Address)
+	}
 	p.noteHalfTLS(b.Address, own)
 	located := *p
 	located.Dispenser = at

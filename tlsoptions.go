@@ -276,6 +276,9 @@ func checkBackendTLS(path string, t *BackendTLS) error {
 	if len(t.ExceptPorts) > 0 {
 		return fmt.Errorf(`%s.except_ports: a backend without TLS says so: write "tls": {"off": true} beside its address`, path)
 	}
+	if t.isUnsure() {
+		return fmt.Errorf("%s.insecure_skip_verify: nothing is verified with it, so that %s.ca would do nothing: leave one of them out", path, path)
+	}
 	alone := BackendTLS{Off: true}
 	if t.Off && !t.equal(&alone) {
 		return fmt.Errorf("%s.off: the other options would do nothing, leave them out", path)
@@ -286,6 +289,9 @@ func checkBackendTLS(path string, t *BackendTLS) error {
 	}
 	return nil
 }
+
+// isUnsure reports whether it names CAs to trust, and takes any certificate.
+func (t *BackendTLS) isUnsure() bool { return t != nil && t.InsecureSkipVerify && len(t.CARaw) > 0 }
 
 func (t *BackendTLS) equal(other *BackendTLS) bool {
 	a, err := json.Marshal(t)
@@ -298,6 +304,9 @@ func (t *BackendTLS) equal(other *BackendTLS) bool {
 func (h *Handler) tlsConflict(call func(option string) string) (option string, err error) {
 	if h.TLS != nil && h.TLS.Off {
 		return "tls", fmt.Errorf("%s: it is off unless it is there: off is for a backend's block", call("tls"))
+	}
+	if h.TLS.isUnsure() {
+		return "tls_insecure_skip_verify", fmt.Errorf("%s: nothing is verified with it, so that %s would do nothing: leave one of them out", call("tls_insecure_skip_verify"), call("tls_trust_pool"))
 	}
 	for _, b := range h.Backends {
 		t := b.TLS.over(h.TLS)

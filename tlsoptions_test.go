@@ -38,6 +38,9 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 		{"tls\ntls_renegotiation always", 2, `tls_renegotiation "always": want never, once or freely`},
 		{"tls\nbackend unix//run/db.sock", 1, `backend "unix//run/db.sock" has no host whose name a certificate could have: write tls_server_name`},
 		{"tls\ntls_server_name db.internal\nhealth_tls\nhealth_port 81\nbackend unix//run/db.sock", 3, "health_tls: backend \"unix//run/db.sock\" has no host"},
+		{"tls\ntls_trust_pool file a.pem\nname web\ntls_insecure_skip_verify", 4, "tls_insecure_skip_verify: nothing is verified with it, so that tls_trust_pool would do nothing"},
+		{"backend b:80 {\n\ttls\n\ttls_insecure_skip_verify\n\ttls_trust_pool file a.pem\n}", 3, "backend b:80: tls_insecure_skip_verify: nothing is verified with it"},
+		{"health_tls_trust_pool file a.pem\nhealth_tls_insecure_skip_verify", 2, "health_tls_insecure_skip_verify: nothing is verified with it, so that health_tls_trust_pool"},
 		{"health_tls off\nhealth_tls_insecure_skip_verify", 1, "health_tls: it is off, the other options"},
 	} {
 		t.Run(c.lines, func(t *testing.T) {
@@ -47,7 +50,7 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 	for _, lines := range []string{
 		"backend b:80 {\n\ttls_timeout 1s\n}\ntls", "backend b:80 {\n\ttls\n\ttls_timeout 1s\n}", "tls\ntls_server_name 10.0.0.1",
 		"tls\ntls_server_name {env.NAME}", "tls\ntls_server_name db.internal\nbackend unix//run/db.sock", "tls\nbackend unix//run/db.sock {\n\ttls off\n}",
-		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off",
+		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off", "tls\ntls_insecure_skip_verify\nbackend b:80 {\n\ttls_trust_pool file a.pem\n}",
 		"tls\ntls_server_name db.internal\nhealth_tls\nbackend unix//run/db.sock", "tls\nhealth_tls\nbackend unix//run/db.sock {\n\ttls_insecure_skip_verify\n}",
 	} {
 		_, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
@@ -78,17 +81,18 @@ func TestJSONRefusesOfTLS(t *testing.T) {
 		`{"client_certificate_file":"a"}`:     "the key is missing",
 		`{"client_certificate_key_file":"a"}`: "the certificate is missing",
 		`{"client_certificate_file":"a","client_certificate_key_file":"b","client_certificate_automate":"c"}`: "one certificate is enough",
-		`{"except_ports":["80"]}`:                                    `write "tls": {"off": true} beside its address`,
-		`{"root_ca_pem_files":["a.pem"]}`:                            `write "ca"`,
-		`{"handshake_timeout":-1}`:                                   "tls.handshake_timeout",
-		`{"server_name":"10.0.0.300"}`:                               `tls.server_name "10.0.0.300": no IP address`,
-		`{"renegotiation":"always"}`:                                 `tls.renegotiation "always"`,
-		`{"curves":["p256"]}`:                                        `tls.curves: unknown curve "p256"`,
-		`{"server_name":"{env.TCPLB_TEST_UNSET}{nothing}"}`:          "tls.server_name",
-		`{"servername":"a"}`:                                         `tls: unknown field "servername": did you mean server_name?`,
-		`{"insecure_skip_verify":"yes"}`:                             "tls.insecure_skip_verify",
-		`true`:                                                       "tls: want an object, found true",
-		`{"ca":{"provider":"file","pem_files":["/nowhere/ca.pem"]}}`: "/nowhere/ca.pem",
+		`{"except_ports":["80"]}`:         `write "tls": {"off": true} beside its address`,
+		`{"root_ca_pem_files":["a.pem"]}`: `write "ca"`,
+		`{"insecure_skip_verify":true,"ca":{"provider":"file","pem_files":["a"]}}`: "tls.insecure_skip_verify: nothing is verified with it, so that tls.ca would do nothing",
+		`{"handshake_timeout":-1}`:                          "tls.handshake_timeout",
+		`{"server_name":"10.0.0.300"}`:                      `tls.server_name "10.0.0.300": no IP address`,
+		`{"renegotiation":"always"}`:                        `tls.renegotiation "always"`,
+		`{"curves":["p256"]}`:                               `tls.curves: unknown curve "p256"`,
+		`{"server_name":"{env.TCPLB_TEST_UNSET}{nothing}"}`: "tls.server_name",
+		`{"servername":"a"}`:                                `tls: unknown field "servername": did you mean server_name?`,
+		`{"insecure_skip_verify":"yes"}`:                    "tls.insecure_skip_verify",
+		`true`:                                              "tls: want an object, found true",
+		`{"ca":{"provider":"file","pem_files":["/nowhere/ca.pem"]}}`:                                  "/nowhere/ca.pem",
 		`{"client_certificate_file":"/nowhere/c.pem","client_certificate_key_file":"/nowhere/k.pem"}`: "/nowhere/c.pem",
 	} {
 		t.Run(tls, func(t *testing.T) {
