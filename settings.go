@@ -40,8 +40,10 @@ const (
 
 var defaultPolicy = json.RawMessage(`{"policy":"round_robin"}`)
 
-// fill puts the defaults where nothing is set and resolves placeholders.
+// fill puts the defaults where nothing is set and resolves placeholders. It refuses what
+// can be seen only before that.
 func (h *Handler) fill() error {
+	_, tooSlow := h.tlsTooSlow(func(option string) string { return named(handlerOptions, option).path })
 	fillIn(h, handlerOptions)
 	repl := caddy.NewReplacer()
 	name, err := repl.ReplaceOrErr(h.Name, true, true)
@@ -49,6 +51,9 @@ func (h *Handler) fill() error {
 		return fmt.Errorf("tcp_lb %q: name: %w", h.Name, err)
 	}
 	h.Name = name
+	if tooSlow != nil {
+		return fmt.Errorf("tcp_lb %q: %w", h.Name, tooSlow)
+	}
 	if err := h.resolve(repl); err != nil {
 		return fmt.Errorf("tcp_lb %q: %w", h.Name, err)
 	}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 	"github.com/caddyserver/caddy/v2"
@@ -317,6 +318,23 @@ func (h *Handler) tlsConflict(call func(option string) string) (option string, e
 	return "", nil
 }
 
+// tlsTooSlow finds a handshake that may take longer than the connect that it is a part
+// of, as both were written: defaults are not filled in.
+func (h *Handler) tlsTooSlow(call func(option string) string) (option string, err error) {
+	over := func(t *BackendTLS) bool { return t != nil && h.DialTimeout > 0 && t.HandshakeTimeout > h.DialTimeout }
+	if over(h.TLS) {
+		return "tls_timeout", fmt.Errorf("%s %s: may not exceed %s, %s, which holds for the handshake, too",
+			call("tls_timeout"), time.Duration(h.TLS.HandshakeTimeout), call("dial_timeout"), time.Duration(h.DialTimeout))
+	}
+	for _, b := range h.Backends {
+		if over(b.TLS) {
+			return "dial_timeout", fmt.Errorf("backend %q: %s %s: may not exceed %s, %s, which holds for the handshake, too",
+				b.Address, call("tls_timeout"), time.Duration(b.TLS.HandshakeTimeout), call("dial_timeout"), time.Duration(h.DialTimeout))
+		}
+	}
+	return "", nil
+}
+
 // halfTLS is an option that needs tls where that is not.
 type halfTLS struct {
 	backend, option string
@@ -349,7 +367,11 @@ func (p *parser) checkTLS(h *Handler, start *caddyfile.Dispenser) error {
 			}
 		}
 	}
-	option, err := h.tlsConflict(func(name string) string { return name })
+	byName := func(name string) string { return name }
+	option, err := h.tlsConflict(byName)
+	if err == nil {
+		option, err = h.tlsTooSlow(byName)
+	}
 	if err == nil {
 		return nil
 	}

@@ -41,6 +41,8 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 		{"tls\ntls_trust_pool file a.pem\nname web\ntls_insecure_skip_verify", 4, "tls_insecure_skip_verify: nothing is verified with it, so that tls_trust_pool would do nothing"},
 		{"backend b:80 {\n\ttls\n\ttls_insecure_skip_verify\n\ttls_trust_pool file a.pem\n}", 3, "backend b:80: tls_insecure_skip_verify: nothing is verified with it"},
 		{"health_tls_trust_pool file a.pem\nhealth_tls_insecure_skip_verify", 2, "health_tls_insecure_skip_verify: nothing is verified with it, so that health_tls_trust_pool"},
+		{"dial_timeout 1s\ntls\ntls_timeout 2s", 3, "tls_timeout 2s: may not exceed dial_timeout, 1s"},
+		{"backend b:80 {\n\ttls\n\ttls_timeout 2s\n}\ndial_timeout 1s", 5, `backend "b:80": tls_timeout 2s: may not exceed dial_timeout, 1s`},
 		{"health_tls off\nhealth_tls_insecure_skip_verify", 1, "health_tls: it is off, the other options"},
 	} {
 		t.Run(c.lines, func(t *testing.T) {
@@ -50,7 +52,7 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 	for _, lines := range []string{
 		"backend b:80 {\n\ttls_timeout 1s\n}\ntls", "backend b:80 {\n\ttls\n\ttls_timeout 1s\n}", "tls\ntls_server_name 10.0.0.1",
 		"tls\ntls_server_name {env.NAME}", "tls\ntls_server_name db.internal\nbackend unix//run/db.sock", "tls\nbackend unix//run/db.sock {\n\ttls off\n}",
-		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off", "tls\ntls_insecure_skip_verify\nbackend b:80 {\n\ttls_trust_pool file a.pem\n}",
+		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off", "tls\ntls_timeout 1m", "tls\ntls_timeout 1s\ndial_timeout 1s", "tls\ntls_insecure_skip_verify\nbackend b:80 {\n\ttls_trust_pool file a.pem\n}",
 		"tls\ntls_server_name db.internal\nhealth_tls\nbackend unix//run/db.sock", "tls\nhealth_tls\nbackend unix//run/db.sock {\n\ttls_insecure_skip_verify\n}",
 	} {
 		_, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
@@ -99,6 +101,9 @@ func TestJSONRefusesOfTLS(t *testing.T) {
 			require.ErrorContains(t, loadOnce(lbConfig(freeAddress(t), fmt.Sprintf(`{%s,"tls":%s}`, backendsJSON("a:80"), tls))), want)
 		})
 	}
+	const slow = `{"backends":[{"address":"a:80"}],"tls":{"handshake_timeout":"4s"}%s}`
+	require.ErrorContains(t, validate(t, lbConfig("127.0.0.1:0", fmt.Sprintf(slow, `,"dial_timeout":"3s"`))), "tls.handshake_timeout 4s: may not exceed dial_timeout, 3s")
+	require.NoError(t, validate(t, lbConfig("127.0.0.1:0", fmt.Sprintf(slow, ""))), "the default was not chosen")
 	require.ErrorContains(t, loadOnce(lbConfig(freeAddress(t), `{"backends":[{"address":"a:80","tls":{"off":true,"server_name":"b"}}]}`)), "the other options would do nothing")
 }
 
