@@ -45,6 +45,8 @@ type approach struct {
 	proxy    checks.ProxyVersion // of the header that goes first; empty = none
 	security *security           // nil = no TLS
 	text     string              // of all that
+
+	resumesNothing bool
 }
 
 // newApproach makes the approach of a checked config.
@@ -77,6 +79,13 @@ func (a *approach) to(t target) target {
 	return t
 }
 
+// afresh returns a, which has TLS, without what was kept of earlier connections.
+func (a *approach) afresh() *approach {
+	c := *a
+	c.resumesNothing = true
+	return &c
+}
+
 // parties are the two ends of a client's connection to the balancer.
 type parties struct{ client, local net.Addr }
 
@@ -97,7 +106,7 @@ func (a *approach) open(ctx context.Context, b *Backend, conn net.Conn, deadline
 		}
 	}
 	if a.security != nil {
-		return b.secure(ctx, conn, a.security, deadline)
+		return b.secure(ctx, conn, a.security, a.resumesNothing, deadline)
 	}
 	return conn, nil
 }

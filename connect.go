@@ -211,10 +211,9 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 	p := newPatience(s, began)
 	a := b.approach.Load()
 	conn, err := s.approach(p, g, b, a, began)
-	if refusedSession(err) && p.Err() == nil {
-		b.channelBy(a.security).session.Store(nil)
-		if conn, err = s.approach(p, g, b, a, began); err == nil {
-			b.channelBy(a.security).refuse()
+	if refusal := refusedSession(err); refusal != nil && p.Err() == nil {
+		if conn, err = s.approach(p, g, b, a.afresh(), began); err == nil {
+			b.channelBy(a.security).refused(refusal)
 		}
 	}
 	took := time.Since(began)

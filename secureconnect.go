@@ -15,8 +15,8 @@ import (
 )
 
 // secure makes the TLS handshake on a new connection to b, by the deadline or the
-// end of ctx. After an error conn is closed.
-func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, deadline time.Time) (net.Conn, error) {
+// end of ctx; afresh where it is to resume no session. After an error conn is closed.
+func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, afresh bool, deadline time.Time) (net.Conn, error) {
 	began := time.Now()
 	if s.timeout > 0 {
 		deadline = earlier(deadline, began.Add(s.timeout))
@@ -31,27 +31,35 @@ func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, deadli
 		bare = real
 	}
 	channel := b.channelBy(s)
-	offered := channel.session.Load() != nil
-	c, err := secure.Client(ctx, bare, channel.config, deadline)
+	config, offered, cut := channel.config, channel.session.Load() != nil, channel.cut.Load()
+	if afresh {
+		config, offered = channel.afresh(), false
+	}
+	c, err := secure.Client(ctx, bare, config, deadline) // which drops the session where it fails
 	if err == nil {
+		if offered {
+			channel.cut.Store(0)
+		}
 		return c, nil
 	}
 	_ = bare.Close()
-	return nil, &handshakeError{err, deadline.Sub(began), offered && isRefusal(err)}
+	return nil, &handshakeError{err, deadline.Sub(began), offered && isRefusal(err), cut}
 }
 
 // isRefusal reports whether it was the other side that ended the handshake.
 func isRefusal(err error) bool {
-	var op *net.OpError
-	return errors.As(err, &op) && op.Op == "remote error" || relay.IsReset(err) || errors.Is(err, io.EOF)
+	return secure.IsAlert(err) || relay.IsReset(err) || errors.Is(err, io.EOF)
 }
 
-// refusedSession reports whether err is the end of a handshake that was to resume a
+// refusedSession returns err if it is the end of a handshake that was to resume a
 // session. Some servers that want certificates of clients end each of those; one
 // without a session tells whether this is such a server.
-func refusedSession(err error) bool {
+func refusedSession(err error) *handshakeError {
 	var e *handshakeError
-	return errors.As(err, &e) && e.resuming
+	if !errors.As(err, &e) || !e.resuming {
+		return nil
+	}
+	return e
 }
 
 // errTLS is of what failed in a handshake.
@@ -63,7 +71,8 @@ type handshakeError struct {
 	err    error
 	within time.Duration // what it had
 
-	resuming bool // a session was offered, and the other side ended it
+	resuming bool  // a session was offered, and the other side ended it
+	cut      int32 // the channel's, before
 }
 
 func (e *handshakeError) Error() string { return "TLS handshake: " + e.words() }

@@ -217,6 +217,61 @@ func TestTLSSessionsThatAreRefused(t *testing.T) {
 	require.EqualValues(t, 1, ended.Load(), "once is enough")
 }
 
+// A handshake that is cut off, as by a server that is restarted, costs its client a
+// second one and the backend its session. Only of a server that does so each time
+// none is kept any more.
+func TestTLSSessionsThatAreCut(t *testing.T) {
+	for name, c := range map[string]struct {
+		version      uint16
+		reset, often bool
+	}{
+		"once":                  {version: tls.VersionTLS13},
+		"once, by a reset":      {version: tls.VersionTLS13, reset: true},
+		"each time, in TLS 1.2": {version: tls.VersionTLS12, often: true},
+		"each time, by a reset": {version: tls.VersionTLS13, reset: true, often: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			watchLeftovers(t)
+			const clients = 6
+			a := newIssuer(t)
+			config := &tls.Config{Certificates: []tls.Certificate{a.issue(nil)}, MaxVersion: c.version}
+			config.SetSessionTicketKeys([][32]byte{{1}})
+			resumed := make(chan bool, clients)
+			var cut atomic.Int64
+			s := startServer(t, func(socket *net.TCPConn) {
+				own := config.Clone()
+				own.UnwrapSession = func(ticket []byte, state tls.ConnectionState) (*tls.SessionState, error) {
+					if len(ticket) == 0 || !c.often && cut.Load() > 0 {
+						return config.DecryptTicket(ticket, state)
+					}
+					cut.Add(1)
+					if c.reset {
+						_ = socket.SetLinger(0)
+					}
+					_ = socket.Close()
+					return nil, net.ErrClosed
+				}
+				if secured := tls.Server(socket, own); secured.Handshake() == nil {
+					resumed <- secured.ConnectionState().DidResume
+					secureEcho(secured)
+				}
+			})
+			lb := startTLS(t, "", a.trusted(""), s.address)
+			for i := range clients {
+				echoed(t, lb, 10)
+				require.Equal(t, i >= 2 && !c.often, <-resumed, "client %d", i)
+			}
+			requireBooksBalance(t, clients)
+			require.Zero(t, dialErrors(t, s.address, dialTLS))
+			want := 1
+			if c.often {
+				want = maxCut
+			}
+			require.EqualValues(t, want, cut.Load())
+		})
+	}
+}
+
 // A reload has open connections go on as they are.
 func TestTLSConnectionsOutliveAReload(t *testing.T) {
 	a, other := newIssuer(t), newIssuer(t)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/secure"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -139,7 +140,8 @@ type channel struct {
 	of      *security
 	config  *tls.Config
 	session atomic.Pointer[tls.ClientSessionState]
-	never   atomic.Bool // the backend resumes none, and ends the handshake
+	cut     atomic.Int32 // handshakes in a row that offered one and were cut off
+	never   atomic.Bool  // the backend resumes none, and ends the handshake
 }
 
 func newChannel(s *security, host string) *channel {
@@ -162,11 +164,32 @@ func (c *channel) Put(_ string, s *tls.ClientSessionState) {
 	c.session.Store(s)
 }
 
-// refuse keeps no session from now on.
-func (c *channel) refuse() {
-	c.never.Store(true)
-	c.session.Store(nil)
+// maxCut is after how many handshakes in a row that were cut off without an alert
+// the session is to blame. One may be of a server that is restarted.
+const maxCut = 2
+
+// refused takes note of a handshake that was to resume a session, and was ended,
+// where the next one got through without. It may be that no session is kept from
+// now on. Of those that were cut off side by side one counts.
+func (c *channel) refused(e *handshakeError) {
+	if secure.IsAlert(e) || c.cut.CompareAndSwap(e.cut, e.cut+1) && e.cut+1 >= maxCut {
+		c.never.Store(true)
+		c.session.Store(nil)
+	}
 }
+
+// afresh returns the config for a handshake that resumes nothing.
+func (c *channel) afresh() *tls.Config {
+	config := c.config.Clone()
+	config.ClientSessionCache = putOnly{c}
+	return config
+}
+
+// putOnly is a channel that offers no session, and keeps what comes.
+type putOnly struct{ *channel }
+
+// Get implements tls.ClientSessionCache.
+func (putOnly) Get(string) (*tls.ClientSessionState, bool) { return nil, false }
 
 // channel returns the backend's channel by the security, which is made where it
 // has another.
