@@ -102,13 +102,13 @@ func (s *session) trouble() string {
 
 // noteTrouble keeps what TLS has ended an open connection, which is the backend's
 // word, or about it: one that does not like the certificate it was shown says so
-// after the handshake, as TLS 1.3 has it.
+// after the handshake, as TLS 1.3 has it. A reset is TCP's, and as any other's.
 func (s *session) noteTrouble() {
 	c, ok := s.conn.(*secure.Conn)
 	if !ok {
 		return
 	}
-	if err := c.Failure(); err != nil && (s.why == reasonBackendReset || s.why == reasonError) {
+	if err := c.Failure(); err != nil && !relay.IsReset(err) && (s.why == reasonBackendReset || s.why == reasonError) {
 		s.err = fmt.Errorf("TLS: %w", err)
 		s.backend.setError(s.err)
 		s.backend.checkSoon()

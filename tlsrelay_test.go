@@ -2,9 +2,11 @@ package tcplb
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"sync/atomic"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
@@ -112,6 +114,39 @@ func TestTLSEndsOfTheBackend(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A reset says nothing of TLS: the backend is not checked for it, nor is it an error.
+func TestTLSResetsAreTCPs(t *testing.T) {
+	watchLeftovers(t)
+	a := newIssuer(t)
+	var came atomic.Int64
+	config := &tls.Config{Certificates: []tls.Certificate{a.issue(nil)}, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		if came.Add(1) > 2 {
+			return nil, errors.New("one check and one client are all there is to come")
+		}
+		return nil, nil
+	}}
+	s := a.server(t, config, func(c *tls.Conn) {
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			return // the check
+		}
+		_, _ = io.WriteString(c, "an answer")
+		_, _ = c.Read(make([]byte, 1)) // the client has it
+		_ = socketOf(c).SetLinger(0)
+		_ = socketOf(c).Close()
+	})
+	lb := freeAddress(t)
+	runCaddy(t, lbConfig("tcp_lb/"+lb, fmt.Sprintf(`{%s,%s,"health_checks":{"active":{"interval":"1h","fast_interval":"1h"}}}`, backendsJSON(s.address), a.trusted(""))))
+	checked(t)
+	c := dialClient(t, lb)
+	write(t, c, "x")
+	expect(t, c, "an answer")
+	write(t, c, "y")
+	expectReset(t, c)
+	requireBooksBalance(t, 1)
+	require.EqualValues(t, 1, closedFor(t, s, reasonBackendReset))
+	require.Empty(t, backendStatuses(t)[s.address].LastError)
 }
 
 // A client's reset must not look like an end to the backend.
