@@ -69,9 +69,10 @@ func (a *assignment) question() question {
 
 // wire returns what stands between the checks and t. They follow clients'
 // connections to the backend's own port: another one is as a rule another service's.
+// A Unix socket has none, and is probed itself.
 func (a *assignment) wire(t target) checks.Wire {
 	w := a.inquiry.wire
-	if follows := a.port == 0 || a.port == t.port; follows && a.approach != nil {
+	if follows := a.port == 0 || a.port == t.port || t.unix != ""; follows && a.approach != nil {
 		setDefault(&w.Proxy, a.approach.proxy)
 		if s := a.approach.security; s != nil {
 			w.TLS = s.ofChecks

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -388,23 +387,7 @@ func TestTLSOfOneBackendIsVerified(t *testing.T) {
 func TestTLSToAUnixSocket(t *testing.T) {
 	watchLeftovers(t)
 	a := newIssuer(t)
-	path := filepath.Join(t.TempDir(), "s")
-	ln, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	secured := tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{a.issue(nil)}})
-	done := make(chan struct{})
-	go func() { // ends with ln
-		defer close(done)
-		for {
-			c, err := secured.Accept()
-			if err != nil {
-				return
-			}
-			secureEcho(c.(*tls.Conn))
-			_ = c.Close()
-		}
-	}()
-	t.Cleanup(func() { _ = ln.Close(); <-done })
+	path := a.unixServer(t)
 	require.ErrorContains(t, loadOnce(lbConfig(freeAddress(t), fmt.Sprintf(`{%s,"tls":{}}`, backendsJSON("unix/"+path)))),
 		"has no host whose name a certificate could have: write tls.server_name")
 	lb := startTLS(t, "tcp_lb/", a.trusted(`"server_name":"127.0.0.1"`), "unix/"+path)

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/stretchr/testify/require"
 )
 
@@ -121,6 +122,20 @@ func TestOwnChecksFollowAReloadToTLS(t *testing.T) {
 	eventually(t, func() bool { return backendStatuses(t)[s.address].Healthy }, "a certificate")
 	reload(t, config(""))
 	eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "none again")
+}
+
+// A Unix socket has no port, and is probed itself whatever the port for the others.
+func TestChecksOfAUnixSocketFollowTLS(t *testing.T) {
+	a := newIssuer(t)
+	path := a.unixServer(t)
+	for _, port := range []string{"", `"port":9,`} {
+		runCaddy(t, lbConfig(freeAddress(t), fmt.Sprintf(`{%s,%s,"health_checks":{"active":{%s"dialogue":[{"send":"ping"},{"expect":"ping"}]}}}`,
+			backendsJSON("unix/"+path), a.trusted(`"server_name":"127.0.0.1"`), port)))
+		checked(t)
+		status := backendStatuses(t)["unix/"+path]
+		require.True(t, status.Healthy, "%s %s", port, status.LastError)
+		require.NoError(t, caddy.Stop())
+	}
 }
 
 // A reload that has checks speak TLS asks another question: the first answer to it

@@ -119,6 +119,29 @@ func (a *issuer) server(t testing.TB, config *tls.Config, handle func(*tls.Conn)
 	})
 }
 
+// unixServer echoes by TLS on a Unix socket, one connection after the other.
+func (a *issuer) unixServer(t testing.TB) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	secured := tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{a.issue(nil)}})
+	done := make(chan struct{})
+	go func() { // ends with ln
+		defer close(done)
+		for {
+			c, err := secured.Accept()
+			if err != nil {
+				return
+			}
+			secureEcho(c.(*tls.Conn))
+			_ = c.Close()
+		}
+	}()
+	t.Cleanup(func() { _ = ln.Close(); <-done })
+	return path
+}
+
 // secureEcho passes a half-close on, as a server of TLS does that is written well.
 func secureEcho(c *tls.Conn) {
 	echo(c)
