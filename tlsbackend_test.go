@@ -384,6 +384,19 @@ func TestTLSOfOneBackendIsVerified(t *testing.T) {
 	require.Contains(t, backendStatuses(t)[s.address].LastError, "unknown authority")
 }
 
+// A certificate has an address without its zone, which is of this machine alone.
+func TestTLSServerNameWithoutZone(t *testing.T) {
+	a := newIssuer(t)
+	cert, err := x509.ParseCertificate(a.issue(func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.ParseIP("fe80::1")} }).Certificate[0])
+	require.NoError(t, err)
+	for address, verified := range map[string]bool{"[fe80::1%eth0]:5432": true, "[fe80::1]:5432": true, "[fe80::2%eth0]:5432": false} {
+		to, err := parseTarget(address)
+		require.NoError(t, err)
+		name := (&security{config: new(tls.Config)}).forHost(to.host).ServerName
+		require.Equal(t, verified, cert.VerifyHostname(name) == nil, name)
+	}
+}
+
 func TestTLSToAUnixSocket(t *testing.T) {
 	watchLeftovers(t)
 	a := newIssuer(t)

@@ -130,7 +130,7 @@ func alwaysShow(c *tls.Certificate) func(*tls.CertificateRequestInfo) (*tls.Cert
 // forHost returns the config for a backend at that host, empty for a Unix socket.
 func (s *security) forHost(host string) *tls.Config {
 	c := s.config.Clone()
-	setDefault(&c.ServerName, host)
+	setDefault(&c.ServerName, checks.ServerName(host))
 	return c
 }
 

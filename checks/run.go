@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"runtime/debug"
 	"strings"
 	"sync/atomic"
@@ -83,7 +84,7 @@ func (r *run) dial(ctx context.Context) (net.Conn, error) {
 	config := r.wire.TLS
 	if config.ServerName == "" {
 		config = config.Clone()
-		config.ServerName = r.target.Host
+		config.ServerName = ServerName(r.target.Host)
 	}
 	secure := tls.Client(raw, config)
 	if err := secure.HandshakeContext(ctx); err != nil {
@@ -98,6 +99,15 @@ func (r *run) dial(ctx context.Context) (net.Conn, error) {
 
 // ErrHandshakeLate is of a TLS handshake that took all the time there was.
 var ErrHandshakeLate = fmt.Errorf("TLS handshake: %w", &failure{"not done", context.DeadlineExceeded})
+
+// ServerName returns the host as a certificate has it: without the zone of a
+// link-local address, which is this machine's own word.
+func ServerName(host string) string {
+	if ip, err := netip.ParseAddr(host); err == nil && ip.Zone() != "" {
+		return ip.WithZone("").String()
+	}
+	return host
+}
 
 // line is a bare connection, of which is known whether the backend has closed it.
 type line struct {

@@ -227,3 +227,15 @@ func TestErrorsAreForReaders(t *testing.T) {
 	err = s.check(t, Connect{}, Wire{TLS: &tls.Config{ServerName: "b", RootCAs: x509.NewCertPool()}})
 	require.ErrorAs(t, err, &unverified)
 }
+
+// A certificate has a link-local address without its zone.
+func TestServerNameHasNoZone(t *testing.T) {
+	cert, caFile := certificate(t, "fe80::1")
+	ca := caddyconfig.JSONModuleObject(caddytls.FileCAPool{TrustedCACertPEMFiles: []string{caFile}}, "provider", "file", nil)
+	s, ended := serveTLS(t, cert, 0, readToEnd)
+	target := s.target()
+	target.Host = "fe80::1%eth0"
+	require.NoError(t, Run(t.Context(), Connect{}, Wire{TLS: config(t, TLS{CARaw: ca})}, target))
+	require.NoError(t, <-ended)
+	require.Equal(t, "db.internal", ServerName("db.internal"))
+}
