@@ -161,6 +161,26 @@ func TestTLSClientCertificateOfAnotherCA(t *testing.T) {
 	require.ErrorContains(t, err, "the certificate of tls_client_auth is not of a kind that the backend takes: ")
 }
 
+// One for a name is there as soon as Caddy has it.
+func TestTLSClientCertificateOfCaddys(t *testing.T) {
+	a := newIssuer(t)
+	shown := make(chan []string, 100)
+	s := a.server(t, &tls.Config{ClientAuth: tls.RequireAnyClientCert}, func(c *tls.Conn) {
+		shown <- c.ConnectionState().PeerCertificates[0].DNSNames
+		secureEcho(c)
+	})
+	lb := freeAddress(t)
+	config := lbConfig(lb, fmt.Sprintf(`{%s,%s,"health_checks":{"active":{"interval":"20ms","fast_interval":"20ms"}}}`, backendsJSON(s.address), a.trusted(`"client_certificate_automate":"lb.internal"`)))
+	config = strings.Replace(config, `"apps":{`, fmt.Sprintf(`"storage":{"module":"file_system","root":%q},"apps":{
+		"pki":{"certificate_authorities":{"local":{"install_trust":false}}},
+		"tls":{"automation":{"policies":[{"subjects":["lb.internal"],"issuers":[{"module":"internal"}]}]}},`, t.TempDir()), 1)
+	runCaddy(t, config)
+	eventually(t, func() bool { return len(shown) > 0 }, "a certificate that the server takes")
+	eventually(t, func() bool { return backendStatuses(t)[s.address].Healthy }, "it is up")
+	echoed(t, lb, 10)
+	require.Equal(t, []string{"lb.internal"}, <-shown)
+}
+
 // resuming returns a server, and whether each of its connections resumed a session.
 func (a *issuer) resuming(t testing.TB) (s *server, resumed chan bool) {
 	resumed = make(chan bool, 100)
