@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -165,7 +166,9 @@ func (s *stage) killAndRevive(heavy, light string) {
 	t.Helper()
 	verdict := func(want float64) {
 		t.Helper()
-		p.eventually(func() bool { return s.panel(backends+"Health/A", "web").one(t, "backend", light) == want }, "the dashboard shows %v", want)
+		p.eventually(func() bool {
+			return slices.Equal(s.panel(backends+"Health/A", "web").with("backend", light), []float64{want})
+		}, "the dashboard shows %v", want)
 	}
 	s.light.kill()
 	verdict(0)

@@ -210,15 +210,21 @@ func (p *prometheusServer) sum(expr string) (total float64) {
 	return total
 }
 
-// one returns the only value with the labels.
-func (list samples) one(t testing.TB, pairs ...string) float64 {
-	t.Helper()
-	var found []float64
+// with returns the values with the labels. There is none after a scrape that timed
+// out.
+func (list samples) with(pairs ...string) (found []float64) {
 	for _, s := range list {
 		if matches(s.labels, labels(pairs...)) {
 			found = append(found, s.value)
 		}
 	}
+	return found
+}
+
+// one returns the only value with the labels.
+func (list samples) one(t testing.TB, pairs ...string) float64 {
+	t.Helper()
+	found := list.with(pairs...)
 	require.Len(t, found, 1, "%v of %v", pairs, list)
 	return found[0]
 }
