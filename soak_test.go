@@ -182,7 +182,7 @@ func (s *soak) configOf(members []soakMember, drain, more string) string {
 	config := layer4Config(server(s.lb, "", "", soakPool, header+more) + "," +
 		server(s.wrapped, "", `{"handler":"throttle","read_bytes_per_second":1e9,"read_burst_size":1000000},`, soakPool, header+more) + "," +
 		server(s.silences, `"match":[{"tls":{}}],`, "", soakPool, header+more) + "," +
-		server(s.crowd, "", "", crowdPool, header+more+crowdOptions) + "," +
+		server(s.crowd, "", "", crowdPool, header+`"local_address":"127.0.0.7",`+more+crowdOptions) + "," +
 		server(s.stalls, "", "", stallPool, stallHeader+more+stallOptions) + s.well.config())
 	config = strings.Replace(config, `"apps":{`, `"apps":{"tcp_lb":{"handshake_timeout":"1s"},`, 1)
 	return strings.Replace(config, `"logs":{`, `"logs":{"access":{"level":"INFO","writer":{"output":"tcp_lb_test_memory"},`+

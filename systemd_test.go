@@ -3,6 +3,8 @@
 package tcplb
 
 import (
+	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,6 +47,65 @@ func TestSystemdUnit(t *testing.T) {
 	for _, call := range []string{"splice", "epoll_pwait", "eventfd2", "accept4", "pipe2"} {
 		require.Contains(t, strings.Fields(string(out)), call)
 	}
+}
+
+// The unit's commands start a balancer that tells systemd when it is ready, and
+// reload it without a lost connection; what is wrong with a config is told first.
+func TestSystemdCommands(t *testing.T) {
+	s, lb, admin, dir := echoServer(t), freeAddress(t), freeAddress(t), t.TempDir()
+	file := filepath.Join(dir, "Caddyfile")
+	write := func(more string) {
+		t.Helper()
+		text := fmt.Sprintf("{\n\tadmin %s\n\tlayer4 {\n\t\ttcp_lb/%s {\n\t\t\troute {\n\t\t\t\ttcp_lb %s {\n\t\t\t\t\t%s\n\t\t\t\t}\n\t\t\t}\n\t\t}\n\t}\n}\n", admin, lb, s.address, more)
+		require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+	}
+	notices, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	require.NoError(t, err)
+	defer notices.Close()
+	told := func(want string) {
+		t.Helper()
+		require.NoError(t, notices.SetReadDeadline(time.Now().Add(hangTimeout)))
+		for b := make([]byte, 4096); ; {
+			n, err := notices.Read(b)
+			require.NoError(t, err, want)
+			if strings.Contains(string(b[:n]), want) {
+				return
+			}
+		}
+	}
+	command := func(setting string) *exec.Cmd {
+		line := strings.ReplaceAll(unitSetting(t, setting), "/etc/caddy/Caddyfile", file)
+		args := strings.Fields(line)
+		require.Equal(t, "/usr/bin/caddy", args[0])
+		c := exec.Command(os.Args[0], args[1:]...)
+		c.Env = append(os.Environ(), childEnv+"=1", "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir, "HOME="+dir, "NOTIFY_SOCKET="+notices.LocalAddr().String())
+		return c
+	}
+	write("max_connections 100")
+	out, err := command("ExecStartPre").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	run := command("ExecStart")
+	require.NoError(t, run.Start())
+	t.Cleanup(func() {
+		_ = run.Process.Kill()
+		_ = run.Wait()
+	})
+	told("READY=1")
+	c := hold(t, lb)
+	write("max_connections 200")
+	out, err = command("ExecReload").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	told("RELOADING=1")
+	told("READY=1")
+	write("max_connetions 200")
+	for _, setting := range []string{"ExecReload", "ExecStartPre"} {
+		out, err = command(setting).CombinedOutput()
+		require.Error(t, err)
+		require.Contains(t, string(out), "did you mean max_connections?", setting)
+	}
+	_, err = c.Write([]byte("y"))
+	require.NoError(t, err)
+	expect(t, c, "y")
 }
 
 // systemd must not kill the balancer while it drains.
