@@ -20,24 +20,24 @@ import (
 // nginx is what an API server is to a balancer.
 func TestReadyzByHTTPS(t *testing.T) {
 	requirePrograms(t, "/usr/sbin", "nginx", "nginx")
-	ca, dir := newAuthority(t), t.TempDir()
+	ca, dir := newIssuer(t), t.TempDir()
 	later, ago := time.Now().Add(time.Hour), time.Now().Add(-time.Hour)
 	servers, wrong := []*apiServer{}, map[string]string{}
 	for i, c := range []struct {
-		ca    *authority
+		ca    *issuer
 		name  string
 		until time.Time
 		wrong string
 	}{
 		{ca, "kubernetes", later, ""},
 		{ca, "kubernetes", later, ""},
-		{newAuthority(t), "kubernetes", later, "signed by unknown authority"},
+		{newIssuer(t), "kubernetes", later, "signed by unknown authority"},
 		{ca, "somebody-else", later, "valid for somebody-else, not kubernetes"},
 		{ca, "kubernetes", ago, "certificate has expired"},
 	} {
 		a := &apiServer{name: fmt.Sprint("server ", i), dir: filepath.Join(dir, fmt.Sprint(i))}
 		require.NoError(t, os.Mkdir(a.dir, 0o700))
-		a.certificate = c.ca.server(a.dir, c.name, c.until, nil)
+		a.certificate = c.ca.serverFile(a.dir, c.name, c.until, nil)
 		a.address = freeAddress(t)
 		servers = append(servers, a)
 		wrong[a.address] = c.wrong
@@ -57,7 +57,7 @@ func TestReadyzByHTTPS(t *testing.T) {
 	}
 
 	// Clients see the servers' own certificate.
-	client := &http.Client{Timeout: hangTimeout, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca.pool, ServerName: "kubernetes"}}}
+	client := &http.Client{Timeout: hangTimeout, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca.pool(), ServerName: "kubernetes"}}}
 	t.Cleanup(client.CloseIdleConnections)
 	ask := func() string {
 		t.Helper()

@@ -3,15 +3,10 @@
 package tcplb
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/pem"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"os/user"
@@ -35,12 +30,10 @@ func runExample(t testing.TB, file string, replacements ...string) {
 		require.Contains(t, text, replacements[i])
 		text = strings.ReplaceAll(text, replacements[i], replacements[i+1])
 	}
-	config, err := adapt(t, text)
-	require.NoError(t, err)
+	config := snippetConfig(t, text)
 	require.Contains(t, config, "127.0.0.1:9090")
-	config = strings.ReplaceAll(config, "127.0.0.1:9090", freeAddress(t))
 	noPoolsYet(t)
-	runCaddy(t, strings.Replace(config, "{", `{"admin":{"disabled":true,"config":{"persist":false}},"logging":{"logs":{"default":{"level":"ERROR"}}},`, 1))
+	runCaddy(t, strings.ReplaceAll(config, "127.0.0.1:9090", freeAddress(t)))
 }
 
 // awaitAvailable waits until these backends of the pool are available, and no
@@ -103,64 +96,25 @@ func own(t testing.TB, name string, as *syscall.Credential) {
 	}
 }
 
-// authority issues certificates.
-type authority struct {
-	t    testing.TB
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	file string // its own certificate
-	pool *x509.CertPool
-}
-
-func newAuthority(t testing.TB) *authority {
-	t.Helper()
-	a := &authority{t: t, pool: x509.NewCertPool()}
-	text, key := a.issue(&x509.Certificate{
-		Subject: pkix.Name{CommonName: "the test's CA"}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	})
-	a.key = key
-	block, _ := pem.Decode([]byte(text))
-	var err error
-	a.cert, err = x509.ParseCertificate(block.Bytes)
-	require.NoError(t, err)
-	a.pool.AddCert(a.cert)
-	a.file = writeFile(t, t.TempDir(), "ca.pem", text, nil)
-	return a
-}
-
-// server writes certificate and key of a server to one file, which it returns.
-func (a *authority) server(dir, name string, notAfter time.Time, as *syscall.Credential) string {
+// serverFile writes certificate and key of a server to one file, which it returns.
+func (a *issuer) serverFile(dir, name string, notAfter time.Time, as *syscall.Credential) string {
 	a.t.Helper()
-	text, key := a.issue(&x509.Certificate{DNSNames: []string{name}, NotAfter: notAfter, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
-	der, err := x509.MarshalPKCS8PrivateKey(key)
+	c := a.named(name, notAfter)
+	key, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
 	require.NoError(a.t, err)
-	return writeFile(a.t, dir, "server.pem", text+string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})), as)
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Certificate[0]})
+	return writeFile(a.t, dir, "server.pem", string(text)+string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})), as)
 }
 
-func (a *authority) issue(c *x509.Certificate) (text string, key *ecdsa.PrivateKey) {
-	a.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(a.t, err)
-	c.SerialNumber = big.NewInt(time.Now().UnixNano())
-	c.NotBefore = time.Now().Add(-24 * time.Hour)
-	parent, signer := a.cert, a.key
-	if parent == nil {
-		parent, signer = c, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, signer)
-	require.NoError(a.t, err)
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), key
+// named makes a certificate for a name alone.
+func (a *issuer) named(name string, notAfter time.Time) tls.Certificate {
+	return a.issue(func(c *x509.Certificate) { c.IPAddresses, c.DNSNames, c.NotAfter = nil, []string{name}, notAfter })
 }
 
 // speaks is a server that has a certificate for the name, says what it has to
 // say, and closes.
-func (a *authority) speaks(t testing.TB, name, text string) func(*net.TCPConn) {
-	t.Helper()
-	file := a.server(t.TempDir(), name, time.Now().Add(time.Hour), nil)
-	certificate, err := tls.LoadX509KeyPair(file, file)
-	require.NoError(t, err)
-	config := &tls.Config{Certificates: []tls.Certificate{certificate}}
+func (a *issuer) speaks(name, text string) func(*net.TCPConn) {
+	config := &tls.Config{Certificates: []tls.Certificate{a.named(name, time.Now().Add(time.Hour))}}
 	return func(c *net.TCPConn) {
 		conn := tls.Server(c, config)
 		_, _ = io.WriteString(conn, text)

@@ -136,9 +136,9 @@ postlog unix-dgram n - n - 1 postlogd
 // rest.
 func TestIMAPByGreeting(t *testing.T) {
 	requirePrograms(t, "/usr/sbin", "dovecot-imapd", "dovecot")
-	ca := newAuthority(t)
+	ca := newIssuer(t)
 	first, second := startDovecot(t, ca), startDovecot(t, ca)
-	full := startServer(t, ca.speaks(t, "mail.example.com", "* BYE Too many connections.\r\n"))
+	full := startServer(t, ca.speaks("mail.example.com", "* BYE Too many connections.\r\n"))
 	lb := freeAddress(t)
 	runExample(t, "examples/mail/Caddyfile", "tcp_lb/:993", "tcp_lb/"+lb, "10.0.6.1:993", first.address, "10.0.6.2:993", second.address, "10.0.6.3:993", full.address,
 		"tcp_lb/:25", "tcp_lb/"+freeAddress(t), "10.0.6", "127.0.0",
@@ -183,7 +183,7 @@ func TestIMAPByGreeting(t *testing.T) {
 }
 
 // startDovecot runs an IMAP server of its own, in which everybody has a mailbox.
-func startDovecot(t testing.TB, ca *authority) *realServer {
+func startDovecot(t testing.TB, ca *issuer) *realServer {
 	t.Helper()
 	version := command{name: "dovecot", args: []string{"--version"}}.run(t)
 	if !strings.HasPrefix(version, "2.3.") {
@@ -227,7 +227,7 @@ userdb {
 }
 first_valid_uid = 1
 mail_location = maildir:~/mail
-`, dir, name, group, ca.server(dir, "mail.example.com", time.Now().Add(time.Hour), as), s.port()), as)}}
+`, dir, name, group, ca.serverFile(dir, "mail.example.com", time.Now().Add(time.Hour), as), s.port()), as)}}
 	s.ready = command{name: "test", args: []string{"-S", dir + "/run/auth-client"}}
 	s.start(t)
 	eventually(t, func() bool { return listens(s.address) }, "dovecot listens")
@@ -241,10 +241,10 @@ type imapClient struct {
 	r    *bufio.Reader
 }
 
-func logIn(t testing.TB, lb string, ca *authority) *imapClient {
+func logIn(t testing.TB, lb string, ca *issuer) *imapClient {
 	t.Helper()
 	raw := dialClient(t, lb)
-	i := &imapClient{t: t, conn: tls.Client(raw, &tls.Config{RootCAs: ca.pool, ServerName: "mail.example.com"})}
+	i := &imapClient{t: t, conn: tls.Client(raw, &tls.Config{RootCAs: ca.pool(), ServerName: "mail.example.com"})}
 	i.r = bufio.NewReader(i.conn)
 	require.Contains(t, i.line(), "* OK ")
 	require.Contains(t, i.do("a LOGIN user secret"), "a OK ")
