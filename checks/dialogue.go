@@ -183,7 +183,7 @@ func (d *Dialogue) Check(ctx context.Context, t Target) error {
 		}
 		a.forget()
 		if _, err := conn.Write(s.send); err != nil {
-			return fmt.Errorf("step %d, sending: %w", i+1, err)
+			return fmt.Errorf("step %d, sending: %w", i+1, unsent(conn, err))
 		}
 	}
 	if d.steps[len(d.steps)-1].send != nil {

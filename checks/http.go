@@ -210,7 +210,7 @@ func (h *HTTP) ask(conn net.Conn, method, host string, uri *url.URL) (*http.Resp
 		return nil, fmt.Errorf("making the HTTP request: %w", err)
 	}
 	if _, err := conn.Write(text.Bytes()); err != nil {
-		return nil, fmt.Errorf("sending the HTTP request: %w", err)
+		return nil, fmt.Errorf("sending the HTTP request: %w", unsent(conn, err))
 	}
 	limited := &io.LimitedReader{R: conn, N: maxAnswer}
 	r := bufio.NewReaderSize(limited, 2048)

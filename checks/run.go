@@ -206,6 +206,25 @@ func explained(err error) error {
 	return &failure{text, err}
 }
 
+// unsent says why a write has failed. A backend that takes no more may have said
+// why before, in a text or a TLS alert, and a reset leaves that to be read.
+func unsent(conn net.Conn, err error) error {
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() || conn.SetReadDeadline(time.Now().Add(lingerTime)) != nil {
+		return err
+	}
+	said := make([]byte, 100)
+	n, last := conn.Read(said)
+	var op *net.OpError
+	switch {
+	case n > 0:
+		return &failure{fmt.Sprintf("got %q: %s", said[:n], explained(err)), err}
+	case errors.As(last, &op) && op.Op == "remote error":
+		return last
+	}
+	return err
+}
+
 // received says what became of a read.
 func received(err error) error {
 	switch {
