@@ -42,19 +42,20 @@ func TestCaddyfileSaysWhatIsMeantOfApproaches(t *testing.T) {
 func TestJSONSaysWhatIsMeantOfApproaches(t *testing.T) {
 	noPoolsYet(t)
 	for options, want := range map[string]string{
-		`"backends":[{"address":"a:80"}],"proxy_protocol":"v3"`:                   `tcp_lb "tcp_lb": proxy_protocol v3: want v1, v2 or off`,
-		`"backends":[{"address":"a:80"}],"proxy_protocol":2`:                      `proxy_protocol 2: want a text in quotes`,
-		`"backends":[{"address":"a:80"}],"local_address":"eth0"`:                  `local_address eth0: want an IP address of this machine`,
-		`"backends":[{"address":"a:80"}],"local_address":"{env.TCPLB_NONE}"`:      `local_address "{env.TCPLB_NONE}": evaluated placeholder {env.TCPLB_NONE} is empty`,
-		`"backends":[{"address":"[::1]:80"}],"local_address":"10.0.0.9"`:          `backend "[::1]:80": local_address 10.0.0.9 is an IPv4 address`,
-		`"backends":[{"address":"a:80"}],"source_address":"10.0.0.9"`:             `unknown field "source_address": did you mean local_address?`,
-		`"backends":[{"address":"a:80"}],"send_proxy":"v2"`:                       `unknown field "send_proxy": did you mean proxy_protocol?`,
-		`"backends":[{"address":"a:80","proxy_protocol":"on"}]`:                   `backend "a:80": proxy_protocol on: want v1, v2 or off`,
-		`"backends":[{"address":"a:80","proxy_protocol":true}]`:                   `backends[0].proxy_protocol true: want a text in quotes`,
-		`"backends":[{"address":"unix/{env.HOME}/sock"}],"proxy_protocol":"v2"`:   `proxy_protocol v2: a Unix socket gets no PROXY header`,
-		`"backends":[{"address":"unix//run/a","proxy_protocol":"v1"}]`:            `backend "unix//run/a": proxy_protocol v1: a Unix socket gets no PROXY header`,
-		`"backends":[{"address":"a:80"}],"health_checks":{"proxy_protocol":"v2"}`: `health_checks: unknown field "proxy_protocol"`,
-		`"backends":[{"address":"a:80"}],"upstream_proxy_protocol":"v2"`:          `unknown field "upstream_proxy_protocol" (there are `,
+		`"backends":[{"address":"a:80"}],"proxy_protocol":"v3"`:                                                 `tcp_lb "tcp_lb": proxy_protocol v3: want v1, v2 or off`,
+		`"backends":[{"address":"a:80"}],"proxy_protocol":2`:                                                    `proxy_protocol 2: want a text in quotes`,
+		`"backends":[{"address":"a:80"}],"local_address":"eth0"`:                                                `local_address eth0: want an IP address of this machine`,
+		`"backends":[{"address":"a:80"}],"local_address":"{env.TCPLB_NONE}"`:                                    `local_address "{env.TCPLB_NONE}": evaluated placeholder {env.TCPLB_NONE} is empty`,
+		`"backends":[{"address":"a:80"}],"health_checks":{"active":{"tls":{"server_name":"{env.TCPLB_NONE}"}}}`: `health_checks.active.tls.server_name: evaluated placeholder {env.TCPLB_NONE} is empty`,
+		`"backends":[{"address":"[::1]:80"}],"local_address":"10.0.0.9"`:                                        `backend "[::1]:80": local_address 10.0.0.9 is an IPv4 address`,
+		`"backends":[{"address":"a:80"}],"source_address":"10.0.0.9"`:                                           `unknown field "source_address": did you mean local_address?`,
+		`"backends":[{"address":"a:80"}],"send_proxy":"v2"`:                                                     `unknown field "send_proxy": did you mean proxy_protocol?`,
+		`"backends":[{"address":"a:80","proxy_protocol":"on"}]`:                                                 `backend "a:80": proxy_protocol on: want v1, v2 or off`,
+		`"backends":[{"address":"a:80","proxy_protocol":true}]`:                                                 `backends[0].proxy_protocol true: want a text in quotes`,
+		`"backends":[{"address":"unix/{env.HOME}/sock"}],"proxy_protocol":"v2"`:                                 `proxy_protocol v2: a Unix socket gets no PROXY header`,
+		`"backends":[{"address":"unix//run/a","proxy_protocol":"v1"}]`:                                          `backend "unix//run/a": proxy_protocol v1: a Unix socket gets no PROXY header`,
+		`"backends":[{"address":"a:80"}],"health_checks":{"proxy_protocol":"v2"}`:                               `health_checks: unknown field "proxy_protocol"`,
+		`"backends":[{"address":"a:80"}],"upstream_proxy_protocol":"v2"`:                                        `unknown field "upstream_proxy_protocol" (there are `,
 	} {
 		t.Run(options, func(t *testing.T) {
 			require.ErrorContains(t, validate(t, lbConfig("127.0.0.1:0", `{`+options+`}`)), want)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/mholt/caddy-l4/layer4"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/discovery"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 )
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens:
@@ -340,6 +342,11 @@ func (p *parser) backendLine(b *BackendConfig) error {
 	}
 	if strings.ContainsAny(b.Address, ",;") { // the word after it is no weight
 		return line.Errf("backend %q: %v", b.Address, misspelled(b.Address, nil))
+	}
+	if host, _, err := net.SplitHostPort(b.Address); err == nil {
+		if err := literal.Check(host); err != nil { // it is no name of a backend's own
+			return line.Errf("backend %q: host %q: %v", b.Address, host, err)
+		}
 	}
 	if _, err := strconv.Atoi(found); err != nil {
 		if err := backendLineError(b.Address, found, next); err != nil {

@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/caddyserver/caddy/v2"
+
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/literal"
 )
@@ -70,12 +72,29 @@ func (p *parser) healthTLS(s spec, h *Handler) error {
 
 // checkHealthName refuses what is no name to find in a certificate.
 func checkHealthName(name string) error {
+	if hasPlaceholder(name) { // it is looked at again when that is resolved
+		return nil
+	}
 	if name == "" || strings.ContainsAny(name, ":/ ") || checkText(name) != nil {
 		return fmt.Errorf("%q: want a server's name, or nothing for the backend's host", name)
 	}
 	if err := literal.Check(name); err != nil {
 		return fmt.Errorf("%q: %w", name, err)
 	}
+	return nil
+}
+
+// resolveHealthTLS resolves placeholders, once.
+func (h *Handler) resolveHealthTLS(repl *caddy.Replacer) error {
+	t := h.activeChecks().TLS
+	if t == nil {
+		return nil
+	}
+	name, err := repl.ReplaceOrErr(t.ServerName, true, true)
+	if err != nil {
+		return fmt.Errorf("%s: %w", named(handlerOptions, "health_tls").path, err)
+	}
+	t.ServerName = name
 	return nil
 }
 

@@ -109,6 +109,7 @@ func TestCaddyfileSaysWhatIsMeant(t *testing.T) {
 		"backend a:1 health_port=81":         "health_port=81: write it in the block, backend a:1 { health_port 81 }",
 		"backend web1 10.0.0.1:80 check":     "backends have no names of their own: write backend 10.0.0.1:80",
 		"backend a:1 b:1":                    `one address a line, found "b:1" as well: write backend b:1 on the next`,
+		"backend 10.0.0.300:80 b:80":         `backend "10.0.0.300:80": host "10.0.0.300": no IP address`,
 		"backend a:1, b:1":                   "without ',': after tcp_lb addresses are separated by spaces, after backend there is one a line",
 		"backend a:80;":                      "without ';'",
 		"backend a:1 {env.WEIGHT}":           "write {$WEIGHT}",

@@ -54,7 +54,7 @@ func (h *Handler) fill() error {
 	if tooSlow != nil {
 		return fmt.Errorf("tcp_lb %q: %w", h.Name, tooSlow)
 	}
-	if err := h.resolve(repl); err != nil {
+	if err := errors.Join(h.resolve(repl), h.resolveHealthTLS(repl)); err != nil {
 		return fmt.Errorf("tcp_lb %q: %w", h.Name, err)
 	}
 	for i := range h.Backends {

@@ -30,6 +30,7 @@ func TestChecksFollowTLS(t *testing.T) {
 	named := func(t testing.TB) *server {
 		return a.server(t, &tls.Config{Certificates: []tls.Certificate{a.issue(func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"web.internal"} })}}, secureEcho)
 	}
+	t.Setenv("TCPLB_TEST_NAME", "web.internal")
 	other := newIssuer(t)
 	const often = `"interval":"20ms","fast_interval":"20ms"`
 	for name, c := range map[string]struct {
@@ -44,6 +45,7 @@ func TestChecksFollowTLS(t *testing.T) {
 		"told not to":                {expired, a.trusted(""), often + `,"tls":{"off":true}`, ""},
 		"told to, and no more":       {good, a.trusted(""), often + `,"tls":{}`, ""},
 		"told a name":                {named, a.trusted(""), often + `,"tls":{"server_name":"web.internal"}`, ""},
+		"told a placeholder":         {named, a.trusted(""), often + `,"tls":{"server_name":"{env.TCPLB_TEST_NAME}"}`, ""},
 		"told another name":          {named, a.trusted(`"server_name":"web.internal"`), often + `,"tls":{"server_name":"db.internal"}`, "not db.internal"},
 		"told other CAs":             {good, a.trusted(""), often + "," + other.trusted(""), "unknown authority"},
 		"told CAs, of whom any do":   {good, `"tls":{"insecure_skip_verify":true}`, often + "," + other.trusted(""), "unknown authority"},

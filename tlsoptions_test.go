@@ -52,7 +52,7 @@ func TestCaddyfileRefusesOfTLS(t *testing.T) {
 	for _, lines := range []string{
 		"backend b:80 {\n\ttls_timeout 1s\n}\ntls", "backend b:80 {\n\ttls\n\ttls_timeout 1s\n}", "tls\ntls_server_name 10.0.0.1",
 		"tls\ntls_server_name {env.NAME}", "tls\ntls_server_name db.internal\nbackend unix//run/db.sock", "tls\nbackend unix//run/db.sock {\n\ttls off\n}",
-		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off", "tls\ntls_timeout 1m", "tls\ntls_timeout 1s\ndial_timeout 1s", "tls\ntls_insecure_skip_verify\nbackend b:80 {\n\ttls_trust_pool file a.pem\n}",
+		"tls\ntls_client_auth lb.internal", "tls\nhealth_tls off", "health_tls {env.NAME}", "tls\ntls_timeout 1m", "tls\ntls_timeout 1s\ndial_timeout 1s", "tls\ntls_insecure_skip_verify\nbackend b:80 {\n\ttls_trust_pool file a.pem\n}",
 		"tls\ntls_server_name db.internal\nhealth_tls\nbackend unix//run/db.sock", "tls\nhealth_tls\nbackend unix//run/db.sock {\n\ttls_insecure_skip_verify\n}",
 	} {
 		_, err := adapt(t, lbCaddyfile("good:80", strings.Split(lines, "\n")...))
