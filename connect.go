@@ -198,6 +198,9 @@ func (s *search) round(g *generation) (*generation, error) {
 		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {
 			return g, err
 		}
+		if errors.Is(err, errNoCertificates) && registry.newest(g.name) != nil {
+			return g, errMoved
+		}
 		s.noteFailure(g, b, err)
 		errs = append(errs, fmt.Errorf("dialing backend %q: %w", b.address, err))
 	}
@@ -209,6 +212,13 @@ func (s *search) round(g *generation) (*generation, error) {
 func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error) {
 	began := time.Now()
 	p := newPatience(s, began)
+	returns := false
+	defer func() {
+		if !returns { // a panic, which nobody else gives b back after
+			p.end()
+			b.release()
+		}
+	}()
 	a := b.approach.Load()
 	conn, err := s.approach(p, g, b, a, began)
 	if refusal := refusedSession(err); refusal != nil && p.Err() == nil {
@@ -218,6 +228,7 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 	}
 	took := time.Since(began)
 	p.end()
+	returns = true
 	if s.left != reasonNone || err != nil && p.Err() != nil {
 		if conn != nil {
 			_ = conn.Close()
@@ -236,10 +247,18 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 func (s *search) approach(p *patience, g *generation, b *Backend, a *approach, began time.Time) (net.Conn, error) {
 	deadline := began.Add(g.dialTimeout)
 	conn, err := g.dial(p, a.to(b.target), time.Until(deadline))
-	if a != nil && err == nil {
-		return a.open(p, b, conn, deadline, s.request.parties())
+	if a == nil || err != nil {
+		return conn, err
 	}
-	return conn, err
+	returns := false
+	defer func() {
+		if !returns {
+			_ = conn.Close()
+		}
+	}()
+	opened, err := a.open(p, b, conn, deadline, s.request.parties())
+	returns = true
+	return opened, err
 }
 
 // parties returns who the connection is between.

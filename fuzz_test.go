@@ -103,9 +103,15 @@ func FuzzJSON(f *testing.F) {
 
 // placed are the texts in which placeholders are resolved.
 func placed(h *Handler) []string {
-	list := []string{h.Name, h.LocalAddress}
+	list := []string{h.Name, h.LocalAddress, h.checkTLS().ServerName}
+	of := []*BackendTLS{h.TLS}
 	for _, b := range h.Backends {
-		list = append(list, b.Address, b.LocalAddress)
+		list, of = append(list, b.Address, b.LocalAddress), append(of, b.TLS)
+	}
+	for _, t := range of {
+		if t != nil {
+			list = append(list, t.ServerName, t.ClientCertificateFile, t.ClientCertificateKeyFile, t.ClientCertificateAutomate)
+		}
 	}
 	return list
 }

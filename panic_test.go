@@ -28,6 +28,47 @@ func TestPanicIsContained(t *testing.T) {
 	expectEOF(t, far)
 }
 
+// A connect that panics leaves its backend no place and no line the poorer.
+func TestPanicOfAConnectIsContained(t *testing.T) {
+	near, far := tcpPair(t)
+	for name, dial := range map[string]func(ctx context.Context, _ target, _ time.Duration) (net.Conn, error){
+		"while connecting": func(ctx context.Context, _ target, _ time.Duration) (net.Conn, error) {
+			ctx.Done() // as a handshake asks
+			panic("in a connect")
+		},
+		"as it is prepared": func(context.Context, target, time.Duration) (net.Conn, error) { return stubbornConn{near}, nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			g, logs := testGeneration(t, newFakeNet(), func(h *Handler) {
+				h.Backends = backendList(one)
+				h.Backends[0].MaxConnections = 1
+				h.ProxyProtocol = "v2"
+				checksOff(h)
+			})
+			g.dial = dial
+			g.start()
+			defer g.stop()
+			for n := range 2 {
+				client, served := tcpPair(t)
+				g.serve(layer4Connection(served))
+				expectEOF(t, client)
+				require.Equal(t, n+1, logs.FilterMessage("panic while handling a connection").Len(), "it had a place")
+			}
+			require.Zero(t, g.members()[0].Backend.Load())
+			require.Zero(t, g.pool.waiters.waiting.Load())
+			require.Zero(t, g.pool.active.Load())
+		})
+	}
+	expectEOF(t, far)
+}
+
+// stubbornConn takes no header.
+type stubbornConn struct{ net.Conn }
+
+func (stubbornConn) Write([]byte) (int, error)        { panic("in a write") }
+func (stubbornConn) SetWriteDeadline(time.Time) error { panic("in a deadline") }
+func (stubbornConn) SetDeadline(time.Time) error      { panic("in a deadline") }
+
 // A policy that can't make a picker does not keep a pool from serving.
 func TestPanicOfAPolicyIsContained(t *testing.T) {
 	f := newFakeNet()

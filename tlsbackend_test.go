@@ -181,6 +181,39 @@ func TestTLSClientCertificateOfCaddys(t *testing.T) {
 	require.Equal(t, []string{"lb.internal"}, <-shown)
 }
 
+// A handshake that is under way as the config with its certificate goes is made
+// anew as the next config has it.
+func TestTLSClientCertificateGoesWithItsConfig(t *testing.T) {
+	watchLeftovers(t)
+	a := newIssuer(t)
+	var held atomic.Bool
+	began, goOn := make(chan struct{}), make(chan struct{})
+	cert := a.issue(nil)
+	s := a.server(t, &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		if held.CompareAndSwap(true, false) {
+			close(began)
+			<-goOn
+		}
+		return &tls.Config{Certificates: []tls.Certificate{cert}, ClientAuth: tls.RequestClientCert, SessionTicketsDisabled: true}, nil
+	}}, secureEcho)
+	lb := freeAddress(t)
+	config := func(tls string) string {
+		return lbConfig(lb, fmt.Sprintf(`{"backends":[{"address":%q}],%s,%s}`, s.address, tls, uncheckedJSON))
+	}
+	runCaddy(t, strings.Replace(config(a.trusted(`"client_certificate_automate":"lb.internal"`)), `"apps":{`, fmt.Sprintf(`"storage":{"module":"file_system","root":%q},"apps":{
+		"pki":{"certificate_authorities":{"local":{"install_trust":false}}},
+		"tls":{"automation":{"policies":[{"subjects":["lb.internal"],"issuers":[{"module":"internal"}]}]}},`, t.TempDir()), 1))
+	eventually(t, func() bool { return tryEcho(lb) == nil }, "the certificate is there")
+	held.Store(true)
+	echo := make(chan error, 1)
+	go func() { echo <- tryEcho(lb) }() // ends with its connection
+	receive(t, began)
+	reload(t, config(a.trusted("")))
+	close(goOn)
+	require.NoError(t, receive(t, echo))
+	echoed(t, lb, 10)
+}
+
 // resuming returns a server, and whether each of its connections resumed a session.
 func (a *issuer) resuming(t testing.TB) (s *server, resumed chan bool) {
 	resumed = make(chan bool, 100)
@@ -425,4 +458,30 @@ func TestTLSToAUnixSocket(t *testing.T) {
 		"has no host whose name a certificate could have: write tls.server_name")
 	lb := startTLS(t, "tcp_lb/", a.trusted(`"server_name":"127.0.0.1"`), "unix/"+path)
 	echoed(t, lb, 10)
+}
+
+// tryEcho has a byte echoed by way of the balancer.
+func tryEcho(lb string) error {
+	c, err := net.DialTimeout("tcp", lb, hangTimeout)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(hangTimeout))
+	if _, err := c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err = io.ReadFull(c, make([]byte, 1))
+	return err
+}
+
+// receive returns what comes, as long as a hang would take to notice.
+func receive[T any](t testing.TB, c <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-c:
+	case <-time.After(hangTimeout):
+		require.FailNow(t, "nothing came")
+	}
+	return v
 }

@@ -3,6 +3,7 @@ package tcplb
 import (
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -104,6 +105,9 @@ func (loaded securities) load(ctx caddy.Context, t *BackendTLS) (*security, erro
 	if err := checks.CheckPool(t.CARaw, config.RootCAs); err != nil {
 		return nil, fmt.Errorf("tls.ca: %w", err)
 	}
+	if find := config.GetClientCertificate; find != nil {
+		config.GetClientCertificate = whileCaddyHasIt(find)
+	}
 	config.NextProtos = t.ALPN
 	if len(config.Certificates) > 0 {
 		config.GetClientCertificate = alwaysShow(&config.Certificates[0])
@@ -111,6 +115,23 @@ func (loaded securities) load(ctx caddy.Context, t *BackendTLS) (*security, erro
 	s := &security{config: config, timeout: time.Duration(t.HandshakeTimeout)}
 	loaded[string(b)] = s
 	return s, nil
+}
+
+// errNoCertificates is of a connect that outlasts the config whose TLS app has its
+// certificate.
+var errNoCertificates = errors.New("the certificate of tls_client_auth has gone with the config that had it")
+
+// whileCaddyHasIt turns a panic into an error: once a config without a TLS app has
+// taken over, or Caddy exits, there is no store of certificates to look into any more.
+func whileCaddyHasIt(find func(*tls.CertificateRequestInfo) (*tls.Certificate, error)) func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	return func(asked *tls.CertificateRequestInfo) (c *tls.Certificate, err error) {
+		defer func() {
+			if recover() != nil {
+				c, err = nil, errNoCertificates
+			}
+		}()
+		return find(asked)
+	}
 }
 
 // alwaysShow shows the certificate also to a server that names other CAs: by itself

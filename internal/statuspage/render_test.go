@@ -154,7 +154,7 @@ func FuzzHostileNames(f *testing.F) {
 		html := render(t, hostile(s), View{LB: "webx" + s, Sort: "open"})
 		require.Equal(t, want, skeleton(t, html))
 		require.LessOrEqual(t, len(html), len(plain)+12*places*len(s))
-		if strings.ContainsAny(s, "<>") {
+		if strings.ContainsAny(s, "<>") && !strings.Contains(plain, "x"+s) {
 			require.NotContains(t, strings.TrimPrefix(html, "<!doctype html>"), "x"+s)
 		}
 	})
