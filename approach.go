@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/checks"
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/secure"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -94,7 +95,7 @@ type parties struct{ client, local net.Addr }
 // returns the connection to use from then on. Where that fails conn is closed.
 //
 // Of ctx nothing is asked while it is quick: see patience.
-func (a *approach) open(ctx context.Context, b *Backend, conn net.Conn, deadline time.Time, who parties) (net.Conn, error) {
+func (a *approach) open(ctx context.Context, b *Backend, conn net.Conn, deadline time.Time, who parties, turn *secure.Turn) (net.Conn, error) {
 	if a.proxy != "" {
 		header, err := proxyHeader(a.proxy, who)
 		if err == nil {
@@ -106,7 +107,7 @@ func (a *approach) open(ctx context.Context, b *Backend, conn net.Conn, deadline
 		}
 	}
 	if a.security != nil {
-		return b.secure(ctx, conn, a.security, a.resumesNothing, deadline)
+		return b.secure(ctx, conn, a.security, a.resumesNothing, deadline, turn)
 	}
 	return conn, nil
 }

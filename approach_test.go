@@ -229,7 +229,7 @@ func TestProxyHeaderIsGivenUp(t *testing.T) {
 		time.AfterFunc(time.Second, func() { cancel(gone) })
 		a, err := newApproach(caddy.Context{}, ApproachConfig{ProxyProtocol: "v2"}, nil)
 		require.NoError(t, err)
-		conn, err := a.open(ctx, nil, near, began.Add(time.Minute), parties{})
+		conn, err := a.open(ctx, nil, near, began.Add(time.Minute), parties{}, nil)
 		require.Nil(t, conn)
 		require.Error(t, err)
 		require.Equal(t, time.Second, time.Since(began))

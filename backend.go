@@ -5,6 +5,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/secure"
 )
 
 // Backend is one server behind the balancer, as a pool knows it. It outlives
@@ -15,6 +17,7 @@ type Backend struct {
 	pool    *pool
 	address string
 	target  target
+	begun   *secure.Line // clients' TLS handshakes that it has to answer
 
 	// healthy is the checker's verdict, see setHealthy; a backend starts up.
 	healthy atomic.Bool
@@ -91,7 +94,7 @@ type stats struct {
 }
 
 func newBackend(p *pool, address string, t target) *Backend {
-	b := &Backend{pool: p, address: address, target: t, given: defaultWeight}
+	b := &Backend{pool: p, address: address, target: t, given: defaultWeight, begun: newBegun()}
 	b.healthy.Store(true)
 	var all poolTimes
 	if p != nil {

@@ -1,6 +1,7 @@
 package tcplb
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -38,11 +39,12 @@ type search struct {
 	began   time.Time
 	link
 
-	waiter waiter
-	inLine bool        // unless it had its turn meanwhile, see waiter.turn
-	by     *generation // has taken request.taken for it
-	waited time.Duration
-	left   reason // how the client left; reasonNone = it is there
+	waiter     waiter
+	inLine     bool        // unless it had its turn meanwhile, see waiter.turn
+	by         *generation // has taken request.taken for it
+	waited     time.Duration
+	left       reason // how the client left; reasonNone = it is there
+	handshakes handshakes
 }
 
 // find connects the client to a backend of g, or of a newer config once there is
@@ -106,7 +108,8 @@ func (s *search) find(g *generation) (*generation, error) {
 func (s *search) end() {
 	s.pool.waiters.leave(&s.waiter)
 	s.request.giveBack()
-	s.pool.noteWait(s.waited)
+	s.handshakes.end()
+	s.pool.noteWait(s.waited + s.handshakes.waited())
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -174,12 +177,18 @@ func (s *search) round(g *generation) (*generation, error) {
 		if g, b = s.next(g, try == 0); b == nil {
 			break
 		}
+		if waited, err := s.await(b); err != nil || waited && !(b.Available() && b.serves()) {
+			s.handshakes.end()
+			b.release()
+			return g, cmp.Or(err, errMoved)
+		}
 		if n := len(r.tried); n > 0 {
 			r.tried[n-1].stats.retries.Add(1)
 		}
 		r.tried = append(r.tried, b)
 		s.attempts++
 		conn, took, err := s.dial(g, b)
+		s.handshakes.end()
 		if err == nil && b.serves() {
 			s.backend, s.conn, s.took = b, conn, took
 			b.stats.dialTime.observe(took)
@@ -210,8 +219,8 @@ func (s *search) round(g *generation) (*generation, error) {
 // dial connects to the backend. A client that leaves meanwhile, or a drain
 // timeout that ends, ends it.
 func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error) {
-	began := time.Now()
-	p := newPatience(s, began)
+	p := newPatience(s, time.Now())
+	began := p.began.Add(-s.handshakes.waited()) // of the time that is the backend's
 	returns := false
 	defer func() {
 		if !returns { // a panic, which nobody else gives b back after
@@ -226,7 +235,7 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 			b.channelBy(a.security).refused(refusal)
 		}
 	}
-	took := time.Since(began)
+	took := time.Since(began) - s.handshakes.waited()
 	p.end()
 	returns = true
 	if s.left != reasonNone || err != nil && p.Err() != nil {
@@ -236,16 +245,17 @@ func (s *search) dial(g *generation, b *Backend) (net.Conn, time.Duration, error
 		return nil, took, p.cause()
 	}
 	if err != nil {
-		b.noteFailure(began.Add(took), err)
+		b.noteFailure(time.Now(), err)
 	} else {
-		b.setConnect(began.Add(took), nil)
+		b.setConnect(time.Now(), nil)
 	}
 	return conn, took, err
 }
 
-// approach connects to b as a says, within the dial timeout from the time it began.
+// approach connects to b as a says, within the dial timeout from the time it began,
+// but for what it has waited for its turns.
 func (s *search) approach(p *patience, g *generation, b *Backend, a *approach, began time.Time) (net.Conn, error) {
-	deadline := began.Add(g.dialTimeout)
+	deadline := began.Add(g.dialTimeout + s.handshakes.waited())
 	conn, err := g.dial(p, a.to(b.target), time.Until(deadline))
 	if a == nil || err != nil {
 		return conn, err
@@ -256,7 +266,7 @@ func (s *search) approach(p *patience, g *generation, b *Backend, a *approach, b
 			_ = conn.Close()
 		}
 	}()
-	opened, err := a.open(p, b, conn, deadline, s.request.parties())
+	opened, err := a.open(p, b, conn, deadline, s.request.parties(), s.handshakes.compute)
 	returns = true
 	return opened, err
 }

@@ -14,9 +14,10 @@ import (
 	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/socket"
 )
 
-// secure makes the TLS handshake on a new connection to b, by the deadline or the
-// end of ctx; afresh where it is to resume no session. After an error conn is closed.
-func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, afresh bool, deadline time.Time) (net.Conn, error) {
+// secure makes the TLS handshake on a new connection to b, in its turn, by the
+// deadline or the end of ctx; afresh where it is to resume no session. After an error
+// conn is closed.
+func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, afresh bool, deadline time.Time, turn *secure.Turn) (net.Conn, error) {
 	began := time.Now()
 	if s.timeout > 0 {
 		deadline = earlier(deadline, began.Add(s.timeout))
@@ -35,7 +36,7 @@ func (b *Backend) secure(ctx context.Context, conn net.Conn, s *security, afresh
 	if afresh {
 		config, offered = channel.afresh(), false
 	}
-	c, err := secure.Client(ctx, bare, config, deadline) // which drops the session where it fails
+	c, err := secure.Client(ctx, bare, config, deadline, turn) // which drops the session where it fails
 	if err == nil {
 		if offered {
 			channel.cut.Store(0)

@@ -109,7 +109,7 @@ func tcpLB(network string, secured func() map[string]any) func([]service) string
 			for _, a := range s.backends {
 				list = append(list, map[string]any{"address": a})
 			}
-			h := map[string]any{"handler": "tcp_lb", "name": s.name, "backends": list}
+			h := map[string]any{"handler": "tcp_lb", "name": s.name, "backends": list, "dial_timeout": connectTimeout.String()}
 			if certFile != "" {
 				h["tls"] = secured()
 			}
@@ -139,7 +139,7 @@ func caddyProxy(services []service) string {
 func haproxy(most int, option string) func([]service) string {
 	return func(services []service) string {
 		config := fmt.Sprintf("global\n\tmaxconn %d\ndefaults\n\tmode tcp\n\t%s\n", most+50, option) +
-			"\ttimeout connect 3s\n\ttimeout client 1h\n\ttimeout server 1h\n"
+			"\ttimeout connect " + connectTimeout.String() + "\n\ttimeout client 1h\n\ttimeout server 1h\n"
 		for _, s := range services {
 			config += fmt.Sprintf("listen %s\n\tbind %s\n\tbalance roundrobin\n", s.name, s.listen)
 			for i, a := range s.backends {
@@ -160,7 +160,7 @@ func nginx(dir string) func([]service) string {
 		if _, err := os.Stat("/usr/lib/nginx/modules/ngx_stream_module.so"); err == nil {
 			config += "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n"
 		}
-		config += "" + fmt.Sprintf("events { worker_connections %d; }\n", 2*mostHeld()+100) + "stream {\n\tproxy_timeout 1h;\n\tproxy_connect_timeout 3s;\n\tproxy_half_close on;\n"
+		config += "" + fmt.Sprintf("events { worker_connections %d; }\n", 2*mostHeld()+100) + "stream {\n\tproxy_timeout 1h;\n\tproxy_connect_timeout " + fmt.Sprint(connectTimeout.Milliseconds()) + "ms;\n\tproxy_half_close on;\n"
 		for _, s := range services {
 			config += "\tupstream " + s.name + " {\n"
 			for _, a := range s.backends {

@@ -16,7 +16,7 @@ import (
 
 const (
 	mostOpen = 5_000            // connections of a client at once
-	patience = 10 * time.Second // for the last answers
+	patience = 60 * time.Second // for the last answers
 )
 
 // answers are what became of a client's connections. Connections that got no

@@ -6,6 +6,7 @@
 //
 //	go run ./bench
 //	go run ./bench -tls full -work idle,short,bulk # with TLS to the backends
+//	go run ./bench -tls full -work storm -connect 500ms # thousands of clients at once
 //
 // Each balancer runs in a process of its own, in front of the same backends,
 // with the same client, one at a time and in turns for several rounds. HAProxy
@@ -31,7 +32,7 @@ var (
 	rounds = flag.Int("rounds", 5, "how often each balancer has its turn")
 	scale  = flag.Float64("scale", 1, "factor on the amount of work")
 	only   = flag.String("only", "", "comma-separated balancers to run, all if empty")
-	kinds  = flag.String("work", "", "comma-separated kinds of work, of rate, idle, stuck, short, trips, bulk, slow and beside, all if empty; or checks, once")
+	kinds  = flag.String("work", "", "comma-separated kinds of work, of rate, idle, stuck, short, trips, bulk, slow and beside, all if empty; or checks, once; or storm")
 	caddy  = flag.String("caddy", "", "Caddy binary with this module; built from this checkout if empty")
 )
 
@@ -103,6 +104,9 @@ func run() error {
 		if wanted(b.name) {
 			results = append(results, &result{name: b.name, balancer: b})
 		}
+	}
+	if *kinds == "storm" {
+		return storms(results, backends)
 	}
 	rate := 0.0
 	if chosen("rate") && len(results) > 0 {

@@ -62,7 +62,7 @@ func (b balancer) rated(servers *backends, rate float64) (r rated, err error) {
 	defer func() { _ = servers.move(all) }()
 
 	length := time.Duration(max(.2, 5**scale) * float64(time.Second))
-	a, own, others, err := p.load(servers, rest, b.echo, 0, length)
+	a, own, others, err := p.load(servers, rest, b.echo, 0, atOnce, length)
 	if err != nil {
 		return r, err
 	}
@@ -72,7 +72,7 @@ func (b balancer) rated(servers *backends, rate float64) (r rated, err error) {
 		return r, nil
 	}
 	time.Sleep(settle)
-	if a, own, others, err = p.load(servers, rest, b.echo, rate, 2*length); err != nil {
+	if a, own, others, err = p.load(servers, rest, b.echo, rate, atOnce, 2*length); err != nil {
 		return r, err
 	}
 	r.p50, r.p99 = a.P50, a.P99
@@ -84,7 +84,7 @@ func (b balancer) rated(servers *backends, rate float64) (r rated, err error) {
 // load runs a client on the processors, and returns what it found, and in
 // percent of one processor what the balancer took meanwhile, and what client and
 // backends.
-func (p *process) load(servers *backends, cpus *unix.CPUSet, address string, rate float64, length time.Duration) (a answers, own, others float64, err error) {
+func (p *process) load(servers *backends, cpus *unix.CPUSet, address string, rate float64, atOnce int, length time.Duration) (a answers, own, others float64, err error) {
 	cmd := command(os.Args[0], "client", address, strconv.FormatFloat(rate, 'f', -1, 64), strconv.Itoa(atOnce), length.String())
 	cmd.Stderr = os.Stderr
 	ownBefore, err := p.cpu()

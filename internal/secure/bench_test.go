@@ -25,11 +25,11 @@ func BenchmarkIdleConn(b *testing.B) {
 			}
 			conns = append(conns, c)
 		}
-		before := heap()
+		before := heapAlloc()
 		for _, c := range conns {
 			c.Shed()
 		}
-		kept += float64(before-heap()) / many / 1024
+		kept += float64(before-heapAlloc()) / many / 1024
 		for _, c := range conns {
 			_ = c.Close()
 		}
@@ -38,7 +38,7 @@ func BenchmarkIdleConn(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-func heap() uint64 {
+func heapAlloc() uint64 {
 	runtime.GC()
 	runtime.GC() // what pools had
 	var m runtime.MemStats

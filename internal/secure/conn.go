@@ -29,10 +29,11 @@ const closeTime = 50 * time.Millisecond
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
 
-// Client makes the handshake on a *net.TCPConn or *net.UnixConn, by the deadline
-// (zero = none) and for as long as ctx lasts. After an error the socket is the
-// caller's to close.
-func Client(ctx context.Context, socket net.Conn, config *tls.Config, deadline time.Time) (*Conn, error) {
+// Client makes the handshake on a *net.TCPConn or *net.UnixConn, in its turn, by
+// the deadline (zero = none) and for as long as ctx lasts. What it waits for
+// processors puts the deadline off. After an error the socket is the caller's to
+// close.
+func Client(ctx context.Context, socket net.Conn, config *tls.Config, deadline time.Time, turn *Turn) (*Conn, error) {
 	g, err := newGate(socket)
 	if err != nil {
 		return nil, err
@@ -42,7 +43,7 @@ func Client(ctx context.Context, socket net.Conn, config *tls.Config, deadline t
 	}
 	stop := context.AfterFunc(ctx, func() { _ = socket.SetDeadline(longAgo) })
 	c := &Conn{tls: tls.Client(g, config), gate: g, mayHave: true}
-	err = c.tls.Handshake()
+	err = g.shake(c.tls, &handshake{ctx: ctx, turn: turn, socket: socket, deadline: deadline})
 	if !stop() {
 		return nil, context.Cause(ctx)
 	}

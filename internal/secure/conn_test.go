@@ -63,7 +63,7 @@ func connected(t testing.TB, config *tls.Config, trickles bool) (*Conn, *tls.Con
 	done := make(chan error, 1)
 	go func() { done <- server.Handshake() }()
 	config.InsecureSkipVerify = true
-	c, err := Client(context.Background(), socket, config, time.Now().Add(hangTimeout))
+	c, err := Client(context.Background(), socket, config, time.Now().Add(hangTimeout), NewLine(one).Join())
 	require.NoError(t, err)
 	require.NoError(t, <-done)
 	require.NoError(t, socket.SetDeadline(time.Now().Add(hangTimeout)))
@@ -203,7 +203,7 @@ func (c *caught) Read(b []byte) (int, error)  { return c.Conn.Read(b) }
 func TestHandshakeEnds(t *testing.T) {
 	t.Run("at its deadline", func(t *testing.T) {
 		socket, _ := tcpPair(t)
-		_, err := Client(context.Background(), socket, &tls.Config{InsecureSkipVerify: true}, time.Now().Add(time.Millisecond))
+		_, err := Client(context.Background(), socket, &tls.Config{InsecureSkipVerify: true}, time.Now().Add(time.Millisecond), NewLine(one).Join())
 		require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 	})
 	t.Run("with its context", func(t *testing.T) {
@@ -211,7 +211,7 @@ func TestHandshakeEnds(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		why := errors.New("enough")
 		time.AfterFunc(time.Millisecond, func() { cancel(why) })
-		_, err := Client(ctx, socket, &tls.Config{InsecureSkipVerify: true}, time.Time{})
+		_, err := Client(ctx, socket, &tls.Config{InsecureSkipVerify: true}, time.Time{}, NewLine(one).Join())
 		require.ErrorIs(t, err, why)
 	})
 }

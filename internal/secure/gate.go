@@ -14,7 +14,8 @@ import (
 type gate struct {
 	net.Conn // a *net.TCPConn or *net.UnixConn
 	raw      syscall.RawConn
-	lazy     bool // reading does not wait
+	shaking  *handshake // nil: there is none now
+	lazy     bool       // reading does not wait
 
 	// For whoever reads only.
 	buf   *[bufferSize]byte // holds the rest
@@ -56,6 +57,8 @@ func (nothing) Temporary() bool { return true }
 // Read implements net.Conn, for crypto/tls.
 func (g *gate) Read(b []byte) (n int, err error) {
 	switch {
+	case g.shaking != nil:
+		return g.shaking.read(b)
 	case !g.lazy:
 		n, err = g.Conn.Read(b)
 	case len(g.rest) > 0:
@@ -68,6 +71,14 @@ func (g *gate) Read(b []byte) (n int, err error) {
 	}
 	g.ended = g.ended || err == io.EOF
 	return n, err
+}
+
+// Write implements net.Conn, for crypto/tls.
+func (g *gate) Write(b []byte) (int, error) {
+	if g.shaking != nil {
+		return g.shaking.write(b)
+	}
+	return g.Conn.Write(b)
 }
 
 // keep has the rest kept for the next read, if there is one.
