@@ -177,6 +177,7 @@ func TestHandOverAllPools(t *testing.T) {
 // What was set by hand holds for a backend that went and comes back, in a config
 // that knows nothing of it; a config that fails takes nothing of it away.
 func TestHandOutlivesConfigs(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
 		run := func(addresses ...string) (*generation, int) {

@@ -25,6 +25,7 @@ func connect(g *generation) (link, error) {
 // Without a config, the drain timeout is the end of a search, also between two
 // connects, when it holds no backend.
 func TestSearchEndsWithTheDrainTimeout(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
 		var all []string

@@ -127,6 +127,7 @@ func TestDrainingLeavesTraces(t *testing.T) {
 // The series of what is gone stay for a while, and not for ever. One that comes
 // back goes on counting.
 func TestDepartedSeriesEnd(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		opened := func() float64 { return metric(t, "connections_total", labels("lb", t.Name())) }
 		run := func() *generation {

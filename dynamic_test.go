@@ -160,6 +160,7 @@ func TestFoundTwice(t *testing.T) {
 // A reload goes on with what was found, and a source of the config before changes
 // nothing but that.
 func TestFoundBackendsSurviveReloads(t *testing.T) {
+	noPoolsYet(t)
 	f := newFakeNet()
 	run := func(s discovery.Source, change func(*dynamicSource)) *generation {
 		g, _ := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
@@ -213,6 +214,7 @@ type reporting struct{ discovery.Reporter }
 
 // A source may be anybody's module.
 func TestSourcesMisbehave(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
 		g, logs := testGeneration(t, f, func(h *Handler) { h.Backends = backendList(one); checksOff(h) })

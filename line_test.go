@@ -163,6 +163,7 @@ func TestWaitingForAPlaceIsIdle(t *testing.T) {
 // raised limit, a backend that comes up, one that joins, a limit that is taken
 // away. As many are served as fit.
 func TestWhatMakesRoomServesTheLine(t *testing.T) {
+	noPoolsYet(t)
 	const waiting = 10
 	for name, c := range map[string]struct {
 		change func(h *Handler)
@@ -322,6 +323,7 @@ func newSearch(g *generation) *search {
 // A policy may leave a free place to others: they are looked at, too. One that
 // gives back what it took, or panics, holds nobody up.
 func TestLineWithAnyPolicy(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		var fault atomic.Value // of the odd clients
 		fault.Store("declines")
@@ -391,6 +393,7 @@ func TestLineWithAnyPolicy(t *testing.T) {
 
 // The line ends with its pool: nobody waits for what no config has.
 func TestLineEndsWithItsPool(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		g, _ := testGeneration(t, newFakeNet(), func(h *Handler) {
 			h.Backends = limited(1, one)
@@ -519,6 +522,7 @@ const canSeeClientsLeave = runtime.GOOS == "linux"
 // tiers, and an end in the middle of it: no backend is ever over its limit, nobody
 // is held up for good, and nothing is left over.
 func TestLineUnderEverythingAtOnce(t *testing.T) {
+	noPoolsYet(t)
 	var (
 		f      = newFakeNet()
 		counts = map[string]*gauge{one: new(gauge), two: new(gauge), three: new(gauge)}

@@ -140,6 +140,7 @@ func (o loadWatcher) LoadChanged(b *Backend) {
 // A picker is told when a connection has ended, and when one of an older config
 // has begun, but not of what it took itself.
 func TestPickerIsToldOfLoad(t *testing.T) {
+	noPoolsYet(t)
 	run := func(told *atomic.Int64) (*generation, func() int) {
 		g, logs := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
 		g.policy = observing{told}
@@ -238,6 +239,7 @@ func TestTakeNeedsNoRegistry(t *testing.T) {
 // A backend that left between a picker's making and a pick is looked for again; in
 // vain, where it was to leave, and then it is not brought back for good.
 func TestNobodyIsBroughtBackInVain(t *testing.T) {
+	noPoolsYet(t)
 	g, _ := testGeneration(t, newFakeNet(), func(h *Handler) { h.Backends = backendList(one); checksOff(h) })
 	source := newToldSource()
 	has(g, source)

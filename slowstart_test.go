@@ -334,6 +334,7 @@ func TestSlowStartGoesOnOverReloads(t *testing.T) {
 // A backend that joins a pool at work is slow, by a reload or by a source, and one
 // that is away for a while comes back slowly. So is one that a config had set to 0.
 func TestSlowStartOfJoiners(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNet()
 		first, _ := testGeneration(t, f, slowly(backendList(one), true))
@@ -426,6 +427,7 @@ func TestSlowStartOfAll(t *testing.T) {
 
 // An end stops the timer, and so does a pool that goes on without who was slow.
 func TestSlowStartEnds(t *testing.T) {
+	noPoolsYet(t)
 	synctest.Test(t, func(t *testing.T) {
 		g, _ := testGeneration(t, newFakeNet(), slowly(backendList(one, two), false))
 		g.start()
