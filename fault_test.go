@@ -131,7 +131,7 @@ func TestFaultHalfClosedForLong(t *testing.T) {
 			_, _ = io.WriteString(c, text)
 		}
 	})
-	lb := startLB(t, fastChecks+`,"idle_timeout":"700ms"`, s.address)
+	lb := startLB(t, fastChecks+`,"idle_timeout":"3s"`, s.address)
 	c := dialClient(t, lb)
 	write(t, c, "request")
 	require.NoError(t, c.CloseWrite())

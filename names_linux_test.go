@@ -42,7 +42,7 @@ func testFaultResolver(t *testing.T, f fault) {
 	newA, newB := serverOn(t, "127.0.0.2", portOf(oldA.address), "new"), serverOn(t, "127.0.0.2", portOf(oldB.address), "new")
 	lb := freeAddress(t)
 	config := func(options string) string {
-		return lbConfig("tcp_lb/"+lb, backendsJSON(a, b)+`,"dial_timeout":"500ms","health_checks":{"active":{"interval":"50ms","fast_interval":"10ms","timeout":"500ms"}}`+options+"}")
+		return lbConfig("tcp_lb/"+lb, backendsJSON(a, b)+`,"dial_timeout":"2s","health_checks":{"active":{"interval":"50ms","fast_interval":"10ms","timeout":"2s"}}`+options+"}")
 	}
 	runCaddy(t, config(""))
 	checked(t)
@@ -95,7 +95,7 @@ func TestFaultResolverStalledFromTheStart(t *testing.T) {
 	names.answer(host, "127.0.0.1")
 	names.fail(faultSilent)
 	backend := host + ":" + portOf(s.address)
-	lb := startLB(t, `"dial_timeout":"200ms","health_checks":{"active":{"interval":"50ms","fast_interval":"10ms","timeout":"200ms"}}`, backend)
+	lb := startLB(t, `"dial_timeout":"1s","health_checks":{"active":{"interval":"50ms","fast_interval":"10ms","timeout":"1s"}}`, backend)
 	got, _ := ask(lb)
 	require.Empty(t, got)
 	require.Equal(t, 1, lookupsUnderWay(), "the client did not wait for its end")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -67,8 +68,10 @@ func TestChecksFollowTLS(t *testing.T) {
 				require.True(t, backendStatuses(t)[s.address].Healthy)
 				return
 			}
-			eventually(t, func() bool { return !backendStatuses(t)[s.address].Healthy }, "it is down")
-			require.Contains(t, backendStatuses(t)[s.address].LastError, c.want)
+			eventually(t, func() bool {
+				b := backendStatuses(t)[s.address] // one check of many may come to nothing, not even to this
+				return !b.Healthy && strings.Contains(b.LastError, c.want)
+			}, "it is down for this reason, %v", lazily(func() any { return backendStatuses(t) }))
 		})
 	}
 }
@@ -147,7 +150,7 @@ func TestChecksFollowAReloadToTLS(t *testing.T) {
 	s := startServer(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	lb := freeAddress(t)
 	config := func(more string) string {
-		return lbConfig(lb, fmt.Sprintf(`{%s,"health_checks":{"active":{"interval":"1h","fast_interval":"1h","timeout":"50ms"}}%s}`, backendsJSON(s.address), more))
+		return lbConfig(lb, fmt.Sprintf(`{%s,"health_checks":{"active":{"interval":"1h","fast_interval":"1h"}}%s}`, backendsJSON(s.address), more))
 	}
 	runCaddy(t, config(""))
 	checked(t)

@@ -46,7 +46,7 @@ func TestWaitingClientsAreServedByTheNewestConfig(t *testing.T) {
 			config := func(address string) string {
 				return lbConfig(network+lb, patient+","+fastChecks+","+backendsJSON(address)+"}")
 			}
-			last := strings.Replace(config(s.address), patient, patient+`,"idle_timeout":"50ms"`, 1)
+			last := strings.Replace(config(s.address), patient, patient+`,"idle_timeout":"2s"`, 1)
 			runCaddy(t, config(dead))
 			eventually(t, func() bool { return !backendStatuses(t)[dead].Healthy }, "down")
 			clients := waitingClients(t, lb, 20)

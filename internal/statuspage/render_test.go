@@ -117,32 +117,33 @@ func TestUnknownPool(t *testing.T) {
 // more than what its places for names hold: 12 bytes for each of a name's, as a rune of
 // four bytes takes in a link.
 func FuzzHostileNames(f *testing.F) {
+	const mark = "xqj" // nothing but a name has it
 	hostile := func(s string) *Page {
 		p := troubled()
 		p.Pools = p.Pools[1:2]
-		p.Host = "x" + s
+		p.Host = mark + s
 		for i := range p.Pools {
 			pool := &p.Pools[i]
-			pool.Name += "x" + s
+			pool.Name += mark + s
 			pool.History = pool.History[:2]
-			pool.Policy, pool.Checks = "x"+s, "x"+s
+			pool.Policy, pool.Checks = mark+s, mark+s
 			for j := range pool.Sources {
-				pool.Sources[j].Name, pool.Sources[j].Error = "x"+s, "x"+s
+				pool.Sources[j].Name, pool.Sources[j].Error = mark+s, mark+s
 			}
 			for j := range pool.Backends {
 				b := &pool.Backends[j]
-				b.Address += "x" + s
-				b.Source, b.CheckError, b.ConnectError = "x"+s, "x"+s, "y"+s
+				b.Address += mark + s
+				b.Source, b.CheckError, b.ConnectError = mark+s, mark+s, "y"+s
 			}
 			for j := range pool.Refused {
-				pool.Refused[j].Reason = "x" + s
+				pool.Refused[j].Reason = mark + s
 			}
 		}
 		return p
 	}
-	plain := render(f, hostile(""), View{LB: "webx", Sort: "open"})
+	plain := render(f, hostile(""), View{LB: "web" + mark, Sort: "open"})
 	want := skeleton(f, plain)
-	named := render(f, hostile("abcdefghij"), View{LB: "webxabcdefghij", Sort: "open"})
+	named := render(f, hostile("abcdefghij"), View{LB: "web" + mark + "abcdefghij", Sort: "open"})
 	places := (len(named) - len(plain)) / len("abcdefghij")
 	for _, s := range []string{
 		`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onmouseover='x`, "javascript:alert(1)", "</title><b>", "</style><b>", "--><!--", "{{.}}", "a\x00b\n\u202e\u2028", "\xff\xfe<", "%3Cb%3E", "&lt;b&gt;", "]]>",
@@ -151,11 +152,11 @@ func FuzzHostileNames(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		html := render(t, hostile(s), View{LB: "webx" + s, Sort: "open"})
+		html := render(t, hostile(s), View{LB: "web" + mark + s, Sort: "open"})
 		require.Equal(t, want, skeleton(t, html))
 		require.LessOrEqual(t, len(html), len(plain)+12*places*len(s))
-		if strings.ContainsAny(s, "<>") && !strings.Contains(plain, "x"+s) {
-			require.NotContains(t, strings.TrimPrefix(html, "<!doctype html>"), "x"+s)
+		if strings.ContainsAny(s, "<>") {
+			require.NotContains(t, strings.TrimPrefix(html, "<!doctype html>"), mark+s)
 		}
 	})
 }
