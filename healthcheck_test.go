@@ -427,7 +427,8 @@ func TestChecksAreSpreadAfterAnOutage(t *testing.T) {
 				}
 			}
 		}
-		require.Len(t, perSecond, 10)
+		// One or two, were they in step. By chance a second has none in one run of thousands.
+		require.GreaterOrEqual(t, len(perSecond), 7)
 		for second, count := range perSecond {
 			require.Less(t, count, 2*n/10*3, "second %d", second)
 		}
