@@ -20,6 +20,13 @@ const (
 	// yieldAfter is how many rounds in a row a loop that is never idle goes on
 	// before it lets goroutines run that wait for its processor.
 	yieldAfter = 16
+	// atOnce is how many posts, and how many timers, have their turn in a round: those
+	// of thousands that are cut, or whose time has come, must not hold up the others.
+	atOnce = 64
+	// A loop that had no more than quietRounds in quietFor or longer gives its processor
+	// up before it sleeps. A busy one is woken before anybody could use that.
+	quietFor    = 10 * time.Millisecond
+	quietRounds = 40
 	// mostLoops is how many there are at most, whose files are of a reserve: each
 	// relays what a processor can.
 	mostLoops = 8
@@ -50,6 +57,11 @@ type Loop struct {
 	now     int64
 	table   table
 	wheel   wheel
+	late    bool  // there are timers whose time has come
+	rounds  int   // since looked
+	looked  int64 // a time of now
+	quiet   bool  // it had few rounds before that
+	alone   bool  // there is one processor for all goroutines
 	brief   int64 // see Brief
 	turns   []Ref // in order
 	after   []func()
@@ -176,6 +188,7 @@ func (l *Loop) open() (err error) {
 
 // run is the loop.
 func (l *Loop) run() {
+	l.alone = runtime.GOMAXPROCS(0) == 1
 	for busy := 0; ; {
 		n, slept := l.wait()
 		if n < 0 {
@@ -186,6 +199,7 @@ func (l *Loop) run() {
 		for !l.round() {
 		}
 		l.handOver()
+		l.rounds++
 		if busy++; slept {
 			busy = 0
 		} else if busy%yieldAfter == 0 {
@@ -198,7 +212,7 @@ func (l *Loop) run() {
 // and whether it may have been asleep. After the last user has left it ends the
 // loop, and returns -1.
 func (l *Loop) wait() (n int, slept bool) {
-	if n = l.poll(); n > 0 || len(l.turns) > 0 || l.waits.Load() {
+	if n = l.poll(); n > 0 || len(l.turns) > 0 || l.waits.Load() || l.batchAt < len(l.batch) || l.late {
 		return n, false
 	}
 	timeout := l.wheel.next(l.now)
@@ -233,11 +247,23 @@ func (l *Loop) sleep(timeout time.Duration) int {
 	if timeout >= 0 {
 		ms = int((timeout + time.Millisecond - 1) / time.Millisecond)
 	}
+	if l.alone || l.isQuiet() {
+		return epollRest(l.epoll, &l.events, ms)
+	}
 	n, err := unix.EpollWait(l.epoll, l.events[:], ms)
 	if err != nil { // interrupted
 		return 0
 	}
 	return n
+}
+
+// isQuiet is asked before each sleep.
+func (l *Loop) isQuiet() bool {
+	if l.now-l.looked > int64(quietFor) {
+		l.quiet = l.rounds <= quietRounds
+		l.rounds, l.looked = 0, l.now
+	}
+	return l.quiet
 }
 
 func (l *Loop) idle() bool {
@@ -278,14 +304,7 @@ func (l *Loop) round() (done bool) {
 		}
 	}
 	l.takePosts()
-	for {
-		h := l.wheel.expire(&l.table, l.now)
-		if h == nil {
-			break
-		}
-		l.current = h
-		h.Expired()
-	}
+	l.takeTimers()
 	l.takeTurns()
 	l.current = nil
 	return true
@@ -303,11 +322,23 @@ func (l *Loop) takePosts() {
 		l.mu.Unlock()
 		l.batchAt = 0
 	}
-	for l.batchAt < len(l.batch) {
+	for n := 0; n < atOnce && l.batchAt < len(l.batch); n++ {
 		p := l.batch[l.batchAt]
 		l.batchAt++
 		l.current = p.handler
 		p.handler.Posted(p.what)
+	}
+}
+
+func (l *Loop) takeTimers() {
+	l.late = true
+	for range atOnce {
+		h := l.wheel.expire(&l.table, l.now)
+		if l.late = h != nil; !l.late {
+			return
+		}
+		l.current = h
+		h.Expired()
 	}
 }
 

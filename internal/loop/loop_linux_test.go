@@ -337,6 +337,87 @@ func TestPostsFromEverywhere(t *testing.T) {
 	require.EqualValues(t, many*each*(each-1)/2, sum.Load())
 }
 
+// Thousands that are cut, or whose time comes, at one moment have their turns
+// between others' events.
+func TestThousandsAtOnceHoldUpNobody(t *testing.T) {
+	const many = 5000
+	for name, begin := range map[string]func(l *Loop, each func()) (clean func()){
+		"posts": func(l *Loop, each func()) func() {
+			h := &probe{posted: func(uint32) { each() }}
+			for range many {
+				l.Post(h, 0)
+			}
+			return func() {}
+		},
+		"timers": func(l *Loop, each func()) func() {
+			var refs []Ref
+			for range many {
+				ref := l.Register(&probe{expired: each})
+				l.SetTimer(ref, l.Now())
+				refs = append(refs, ref)
+			}
+			return func() {
+				for _, ref := range refs {
+					l.Release(ref)
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := acquire(t)
+			a, b := pair(t)
+			defer closeAll(a, b)
+			var (
+				n, between int
+				ref        Ref
+				clean      func()
+			)
+			done := make(chan struct{})
+			on(t, l, func() {
+				ref = l.Register(&probe{ready: func(_, events uint32) {
+					if events&unix.EPOLLIN != 0 {
+						between = n
+					}
+				}})
+				assert.NoError(t, l.Add(a, ref, 0))
+				clean = begin(l, func() {
+					if n++; n == 1 {
+						_, err := unix.Write(b, []byte{1})
+						assert.NoError(t, err)
+					}
+					if n == many {
+						close(done)
+					}
+				})
+			})
+			receive(t, done)
+			on(t, l, func() {
+				assert.NotZero(t, between)
+				assert.LessOrEqual(t, between, 2*atOnce)
+				l.Release(ref)
+				clean()
+			})
+		})
+	}
+}
+
+// A loop that seldom has anything to do gives its processor up as it sleeps.
+func TestQuietLoop(t *testing.T) {
+	l := &Loop{rounds: quietRounds + 1, now: 1, looked: 0}
+	require.False(t, l.isQuiet(), "it is too soon to say")
+	l.now = int64(quietFor) + 1
+	require.False(t, l.isQuiet())
+	require.Zero(t, l.rounds)
+	l.rounds = quietRounds
+	l.now += int64(quietFor)
+	require.False(t, l.isQuiet(), "it is too soon to say")
+	l.now++
+	require.True(t, l.isQuiet())
+	l.rounds = quietRounds + 1
+	l.now++
+	require.True(t, l.isQuiet(), "it is too soon to say")
+}
+
 // A loop without users ends, with its files, and begins again with the next.
 func TestLoopEnds(t *testing.T) {
 	files := func() int {

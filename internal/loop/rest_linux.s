@@ -1,0 +1,1 @@
+// That there is assembly lets Go functions without a body be declared.
