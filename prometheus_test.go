@@ -137,20 +137,27 @@ func startPrometheus(t testing.TB, target string) *prometheusServer {
 		"--config.file=" + filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path=" + filepath.Join(dir, "data"),
 		"--web.listen-address=" + p.address, "--log.level=warn",
 	}}.begin(t)
-	p.eventually(func() bool {
+	p.wait(func() bool {
 		if !listens(p.address) {
 			return false
 		}
 		status, _ := request(t, "GET", "http://"+p.address+"/-/ready", "")
 		return status == 200
 	}, "Prometheus is ready")
-	p.eventually(func() bool { return p.sum(`up{job="tcp_lb"}`) == 1 }, "a scrape")
+	p.eventually(func() bool { return true }, "a scrape")
 	return p
 }
 
-// eventually is like the function, gives Prometheus time to breathe, and looks
-// at scrapes only that have come in or timed out.
+// eventually is like wait, and looks at scrapes only that have come in: after one
+// that timed out there is no series.
 func (p *prometheusServer) eventually(cond func() bool, what string, args ...any) {
+	p.t.Helper()
+	p.wait(func() bool { return p.sum(`up{job="tcp_lb"}`) == 1 && cond() }, what, args...)
+}
+
+// wait is like the function eventually, gives Prometheus time to breathe, and looks
+// at scrapes only that have come in or timed out.
+func (p *prometheusServer) wait(cond func() bool, what string, args ...any) {
 	p.t.Helper()
 	eventually(p.t, func() bool {
 		p.at = time.Now().Add(-2 * scrapeEvery)
@@ -210,21 +217,15 @@ func (p *prometheusServer) sum(expr string) (total float64) {
 	return total
 }
 
-// with returns the values with the labels. There is none after a scrape that timed
-// out.
-func (list samples) with(pairs ...string) (found []float64) {
+// one returns the only value with the labels.
+func (list samples) one(t testing.TB, pairs ...string) float64 {
+	t.Helper()
+	var found []float64
 	for _, s := range list {
 		if matches(s.labels, labels(pairs...)) {
 			found = append(found, s.value)
 		}
 	}
-	return found
-}
-
-// one returns the only value with the labels.
-func (list samples) one(t testing.TB, pairs ...string) float64 {
-	t.Helper()
-	found := list.with(pairs...)
 	require.Len(t, found, 1, "%v of %v", pairs, list)
 	return found[0]
 }
