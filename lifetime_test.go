@@ -120,7 +120,7 @@ func TestLifetimeBeginsWithTheBackend(t *testing.T) {
 	s := echoServer(t)
 	s.kill()
 	lb := freeAddress(t)
-	runCaddy(t, lbConfig("tcp_lb/"+lb, `"max_lifetime":"200ms","max_lifetime_spread":0,"load_balancing":{"try_duration":"1h","try_interval":"300ms"},`+checksDisabled+","+backendsJSON(s.address)+"}"))
+	runCaddy(t, lbConfig("tcp_lb/"+lb, `"max_lifetime":"1s","max_lifetime_spread":0,"load_balancing":{"try_duration":"1h","try_interval":"1100ms"},`+checksDisabled+","+backendsJSON(s.address)+"}"))
 	c := dialClient(t, lb)
 	eventually(t, func() bool { return metric(t, "connection_errors_total", nil) >= 2 }, "it has waited for longer than it may live")
 	s.start()

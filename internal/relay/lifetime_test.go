@@ -51,6 +51,7 @@ func TestRelayLifetimeOfOneThatIsStalled(t *testing.T) {
 		}
 		require.Equal(t, LifetimeOver, r.reason(t))
 
+		k.lifetime = time.Second // the end has to come through within it
 		r = k.start(t, 0)
 		require.NoError(t, r.client.CloseWrite())
 		expectEOF(t, r.backend)
