@@ -141,10 +141,13 @@ func (s *soak) beSilent(rnd *rand.Rand) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
 	if rnd.IntN(2) == 0 {
-		_, _ = conn.Write([]byte{22}) // of a TLS hello
+		_, err = conn.Write([]byte{22}) // of a TLS hello
 	}
 	s.stalled.early.Add(1)
-	if _, err := io.ReadFull(conn, make([]byte, 1)); !relay.IsReset(err) {
+	if err == nil { // else it has been told of the reset, once for all
+		_, err = io.ReadFull(conn, make([]byte, 1))
+	}
+	if !relay.IsReset(err) {
 		s.add("silence ahead of the handler: %v", err)
 	}
 }
