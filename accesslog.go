@@ -9,6 +9,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
+
+	"github.com/caddy-tcp-lb/caddy-tcp-lb/internal/relay"
 )
 
 // minLogInterval keeps lines of what is open rarer than looks at it.
@@ -184,7 +186,7 @@ func (r *poolRegistry) sweepSessions(p *pool, timer **time.Timer) {
 	for _, b := range backends {
 		b.visitSessions(func(some []*session) {
 			for _, s := range some {
-				if s.isDue(since, now, interval) && s.relay.Reason() == 0 {
+				if s.isDue(since, now, interval) && s.goesOn() {
 					s.contain(func() { s.logOpen(to, now) })
 				}
 			}
@@ -195,6 +197,16 @@ func (r *poolRegistry) sweepSessions(p *pool, timer **time.Timer) {
 	if w.timer == *timer {
 		w.timer.Reset(w.pause())
 	}
+}
+
+// goesOn reports whether there is more to come: of one side also when the other has
+// closed.
+func (s *session) goesOn() bool {
+	switch s.relay.Reason() {
+	case 0, relay.ClientClosed, relay.BackendClosed:
+		return true
+	}
+	return false
 }
 
 // isDue reports whether the connection has got another interval older between the

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -109,6 +111,29 @@ func TestAccessLogOfOneThatLasts(t *testing.T) {
 					require.Contains(t, line, "idle")
 				}
 			}
+		})
+	}
+}
+
+// So has one whose client sends no more, and waits for an answer that takes its time.
+func TestAccessLogOfOneThatIsHalfClosed(t *testing.T) {
+	for _, network := range []string{"", "tcp_lb/"} {
+		t.Run(network, func(t *testing.T) {
+			watchLeftovers(t)
+			answer := make(chan struct{})
+			s := startServer(t, func(c *net.TCPConn) {
+				_, _ = io.Copy(io.Discard, c)
+				<-answer
+			})
+			lb := freeAddress(t)
+			config, lines := withAccessLog(t, lbConfig(network+lb, `"name":"web","access_log":true,"access_log_interval":"1s",`+
+				checksDisabled+","+backendsJSON(s.address)+"}"))
+			runCaddy(t, config)
+			c := dialClient(t, lb)
+			defer close(answer)
+			require.NoError(t, c.CloseWrite())
+			eventually(t, func() bool { return len(lines()) >= 2 }, "two by and by")
+			require.Equal(t, "open", lines()[1]["msg"])
 		})
 	}
 }

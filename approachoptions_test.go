@@ -47,6 +47,8 @@ func TestJSONSaysWhatIsMeantOfApproaches(t *testing.T) {
 		`"backends":[{"address":"a:80"}],"local_address":"eth0"`:                                                `local_address eth0: want an IP address of this machine`,
 		`"backends":[{"address":"a:80"}],"local_address":"{env.TCPLB_NONE}"`:                                    `local_address "{env.TCPLB_NONE}": evaluated placeholder {env.TCPLB_NONE} is empty`,
 		`"backends":[{"address":"a:80"}],"health_checks":{"active":{"tls":{"server_name":"{env.TCPLB_NONE}"}}}`: `health_checks.active.tls.server_name: evaluated placeholder {env.TCPLB_NONE} is empty`,
+		`"backends":[{"address":"a:80"}],"health_checks":{"active":{"tls":{"server_name":"{db.internal"}}}`:     `health_checks.active.tls.server_name: "{db.internal": a brace is left over`,
+		`"backends":[{"address":"a:80"}],"tls":{"server_name":"db}.internal"}`:                                  `tls.server_name: "db}.internal": a brace is left over`,
 		`"backends":[{"address":"[::1]:80"}],"local_address":"10.0.0.9"`:                                        `backend "[::1]:80": local_address 10.0.0.9 is an IPv4 address`,
 		`"backends":[{"address":"a:80"}],"source_address":"10.0.0.9"`:                                           `unknown field "source_address": did you mean local_address?`,
 		`"backends":[{"address":"a:80"}],"send_proxy":"v2"`:                                                     `unknown field "send_proxy": did you mean proxy_protocol?`,

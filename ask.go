@@ -278,7 +278,7 @@ func (h *Handler) hasNoNameFor(b BackendConfig) bool {
 		return false
 	}
 	clients := b.TLS.over(h.TLS)
-	if clients == nil || b.HealthPort != 0 || h.activeChecks().Port != 0 {
+	if clients == nil {
 		return true
 	}
 	return clients.ServerName == "" && (!clients.InsecureSkipVerify || len(t.CARaw) > 0)

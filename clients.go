@@ -9,17 +9,23 @@ import (
 	"time"
 )
 
-// clientKey is who counts as one client: an IPv4 address, or the first 64 bits of
-// an IPv6 address, all others of which are the client's to choose. The zero value is
-// nobody, a client of a Unix socket.
+// clientKey is who counts as one client: an IPv4 address, also one that a NAT64 has
+// translated, or the first 64 bits of an IPv6 address, all others of which are the
+// client's to choose. The zero value is nobody, a client of a Unix socket.
 type clientKey struct {
 	kind uint64 // 0, 4 or 6
 	bits uint64
 }
 
+// nat64 has the IPv4 addresses of the world in the last 32 bits (RFC 6052).
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
 func clientKeyOf(client netip.Addr) clientKey {
 	client = client.Unmap()
 	switch {
+	case nat64.Contains(client):
+		a := client.As16()
+		return clientKey{4, uint64(binary.BigEndian.Uint32(a[12:]))}
 	case client.Is4():
 		a := client.As4()
 		return clientKey{4, uint64(binary.BigEndian.Uint32(a[:]))}

@@ -94,6 +94,9 @@ func (h *Handler) resolveHealthTLS(repl *caddy.Replacer) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", named(handlerOptions, "health_tls").path, err)
 	}
+	if hasPlaceholder(name) {
+		return fmt.Errorf("%s: %q: a brace is left over", named(handlerOptions, "health_tls").path, name)
+	}
 	t.ServerName = name
 	return nil
 }

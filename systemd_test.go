@@ -50,7 +50,7 @@ func TestSystemdUnit(t *testing.T) {
 }
 
 // The unit's commands start a balancer that tells systemd when it is ready, and
-// reload it without a lost connection; what is wrong with a config is told first.
+// reload it without a lost connection; a start with a wrong config fails in words.
 func TestSystemdCommands(t *testing.T) {
 	s, lb, admin, dir := echoServer(t), freeAddress(t), freeAddress(t), t.TempDir()
 	file := filepath.Join(dir, "Caddyfile")

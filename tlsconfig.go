@@ -66,6 +66,9 @@ func (t *BackendTLS) resolve(repl *caddy.Replacer) error {
 		if err != nil {
 			return fmt.Errorf("tls.%s: %w", name, err)
 		}
+		if hasPlaceholder(text) {
+			return fmt.Errorf("tls.%s: %q: a brace is left over", name, text)
+		}
 		*at = text
 	}
 	return nil
