@@ -62,7 +62,7 @@ func checkOptions() []option[Handler] {
 			help: "a backend that is new is down until its first check has passed; a reload leaves those that there are"},
 			asFlag(func(h *Handler) *bool { return &h.activeChecks().InitiallyUnhealthy })},
 		{spec{name: "close_if_unhealthy", values: "[<duration>]", path: "close_if_unhealthy", unset: "off, connections go on",
-			help: "cut the connections of a backend that checks have found down, so long after; without a value at once"},
+			help: "cut the connections of a backend that checks have found down, so long after; without a value, or with 0, at once"},
 			kind[Handler]{read: (*parser).closeIfUnhealthy, check: checkCloseIfUnhealthy, show: closeIfUnhealthyText}},
 		{spec{name: "fail_duration", values: "<duration>", path: "health_checks.passive.fail_duration", zero: "never",
 			help: "a backend with `max_fails` failed connections of clients within this time is taken out for as long, unless it is the last"},

@@ -108,7 +108,7 @@ func init() {
 			help: "end a connection after this time without a byte either way, or an eighth later at most"},
 			asDuration(0, defaultIdleTimeout, optional(func(h *Handler) **caddy.Duration { return &h.IdleTimeout }))},
 		{spec{name: "max_lifetime", values: "<duration> [<percent>%]", path: "max_lifetime", unset: "none",
-			help: "end a connection at this age, less or more by up to so much at random (10% unless it is said; `max_lifetime_spread` in JSON); see [max_lifetime](docs/connections.md#max_lifetime)"},
+			help: "end a connection at this age, less or more by up to so much at random (10% unless it is said; `max_lifetime_spread` in JSON, where 0 is none); see [max_lifetime](docs/connections.md#max_lifetime)"},
 			asLifetime()},
 		{spec{name: "drain_timeout", values: "<duration>", path: "drain_timeout", zero: "at once",
 			help: "what open connections get on exit, or when their backend leaves the config, before they are cut"},

@@ -370,7 +370,7 @@ func adviseOfListeners(servers []*layer4Server, to *zap.Logger) {
 			}
 			better := a.NetworkAddress
 			better.Network = networkName
-			to.Warn("write "+better.String()+" for this listener: as it is, a flood of connections can keep it from accepting for good, a reload loses those that wait, and each takes twice the memory",
+			to.Warn("write "+better.String()+" for this listener: as it is, a flood of connections can keep it from accepting for good, a reload loses those that wait, and each takes many times the memory while it rests",
 				zap.String("server", s.name), zap.String("listener", a.String()))
 		}
 	}
