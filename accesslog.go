@@ -202,11 +202,8 @@ func (r *poolRegistry) sweepSessions(p *pool, timer **time.Timer) {
 // goesOn reports whether there is more to come: of one side also when the other has
 // closed.
 func (s *session) goesOn() bool {
-	switch s.relay.Reason() {
-	case 0, relay.ClientClosed, relay.BackendClosed:
-		return true
-	}
-	return false
+	why := s.relay.Reason()
+	return why == relay.None || why.Orderly()
 }
 
 // isDue reports whether the connection has got another interval older between the

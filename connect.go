@@ -207,7 +207,7 @@ func (s *search) round(g *generation) (*generation, error) {
 		if errors.Is(err, errClientLeft) || errors.Is(err, errAbandoned) {
 			return g, err
 		}
-		if errors.Is(err, errNoCertificates) && registry.newest(g.name) != nil {
+		if newest := registry.newest(g.name); newest != nil && newest != g && errors.Is(err, errNoCertificates) {
 			return g, errMoved
 		}
 		s.noteFailure(g, b, err)

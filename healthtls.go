@@ -90,14 +90,9 @@ func (h *Handler) resolveHealthTLS(repl *caddy.Replacer) error {
 	if t == nil {
 		return nil
 	}
-	name, err := repl.ReplaceOrErr(t.ServerName, true, true)
-	if err != nil {
+	if err := resolveText(repl, &t.ServerName); err != nil {
 		return fmt.Errorf("%s: %w", named(handlerOptions, "health_tls").path, err)
 	}
-	if hasPlaceholder(name) {
-		return fmt.Errorf("%s: %q: a brace is left over", named(handlerOptions, "health_tls").path, name)
-	}
-	t.ServerName = name
 	return nil
 }
 

@@ -62,15 +62,24 @@ func (t *BackendTLS) resolve(repl *caddy.Replacer) error {
 		"server_name": &t.ServerName, "client_certificate_file": &t.ClientCertificateFile,
 		"client_certificate_key_file": &t.ClientCertificateKeyFile, "client_certificate_automate": &t.ClientCertificateAutomate,
 	} {
-		text, err := repl.ReplaceOrErr(*at, true, true)
-		if err != nil {
+		if err := resolveText(repl, at); err != nil {
 			return fmt.Errorf("tls.%s: %w", name, err)
 		}
-		if hasPlaceholder(text) {
-			return fmt.Errorf("tls.%s: %q: a brace is left over", name, text)
-		}
-		*at = text
 	}
+	return nil
+}
+
+// resolveText resolves the placeholders of a text, and refuses one with a brace that
+// is none's.
+func resolveText(repl *caddy.Replacer, at *string) error {
+	text, err := repl.ReplaceOrErr(*at, true, true)
+	if err != nil {
+		return err
+	}
+	if hasPlaceholder(text) {
+		return fmt.Errorf("%q: a brace is left over", text)
+	}
+	*at = text
 	return nil
 }
 

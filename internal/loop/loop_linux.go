@@ -250,7 +250,11 @@ func (l *Loop) sleep(timeout time.Duration) int {
 	if l.alone || l.isQuiet() {
 		return epollRest(l.epoll, &l.events, ms)
 	}
-	n, err := unix.EpollWait(l.epoll, l.events[:], ms)
+	return epollWait(l.epoll, &l.events, ms)
+}
+
+func epollWait(epoll int, events *[batchSize]unix.EpollEvent, ms int) int {
+	n, err := unix.EpollWait(epoll, events[:], ms)
 	if err != nil { // interrupted
 		return 0
 	}

@@ -389,7 +389,7 @@ func TestRelayAtRandom(t *testing.T) {
 			case 0:
 				require.Contains(t, []Reason{drained, ClientClosed, BackendClosed}, why)
 			case 3, 4:
-				require.True(t, why.orderly() || why == ClientReset || why == BackendReset, "%d", why)
+				require.True(t, why.Orderly() || why == ClientReset || why == BackendReset, "%d", why)
 			}
 			require.Empty(t, r.why, "it ends once")
 		}

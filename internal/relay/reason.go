@@ -18,9 +18,9 @@ const (
 	OwnReasons                  // those from here on mean what the caller of Cut says
 )
 
-// orderly reports whether one side simply closed. Such a reason gives way to
+// Orderly reports whether one side simply closed. Such a reason gives way to
 // any other: a stream that is half-closed and then reset was reset.
-func (r Reason) orderly() bool { return r == ClientClosed || r == BackendClosed }
+func (r Reason) Orderly() bool { return r == ClientClosed || r == BackendClosed }
 
 // verdict is why a relay has ended.
 type verdict struct{ why atomic.Uint32 }
@@ -33,7 +33,7 @@ func (v *verdict) Reason() Reason { return Reason(v.why.Load()) }
 func (v *verdict) conclude(why Reason) bool {
 	for {
 		old := v.Reason()
-		if old != None && (!old.orderly() || why.orderly()) {
+		if old != None && (!old.Orderly() || why.Orderly()) {
 			return false
 		}
 		if v.why.CompareAndSwap(uint32(old), uint32(why)) {

@@ -221,7 +221,7 @@ func TestRelayLongStreamsBothWays(t *testing.T) {
 		for range cap(results) {
 			require.NoError(t, <-results)
 		}
-		require.True(t, r.reason(t).orderly())
+		require.True(t, r.reason(t).Orderly())
 		require.EqualValues(t, size, r.received.Load())
 		require.EqualValues(t, size, r.sent.Load())
 		up, down := r.relay.Moved()
@@ -255,7 +255,7 @@ func TestRelayMixedSizes(t *testing.T) {
 		}
 		require.NoError(t, r.client.Close())
 		require.NoError(t, r.backend.Close())
-		require.True(t, r.reason(t).orderly())
+		require.True(t, r.reason(t).Orderly())
 		up, _ := r.relay.Moved()
 		require.Equal(t, r.received.Load(), up)
 	})
